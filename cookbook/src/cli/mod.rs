@@ -1,0 +1,93 @@
+//! The command line `towline`.
+
+mod bench;
+mod delta;
+mod deployment;
+mod files;
+mod output;
+mod serve;
+mod snapshot;
+
+use clap::{Parser, Subcommand};
+use towline_core::Result;
+
+pub(crate) use files::unwritable;
+pub(crate) use output::{Output, table};
+
+/// Moves model weights from a trainer to the servers that run them, and keeps training resumable.
+#[derive(Debug, Parser)]
+#[command(name = "towline", version, propagate_version = true)]
+struct Cli {
+    /// Print JSON alone on standard output; progress goes to standard error.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train, sync and serve a small model in three processes, with a crash in the middle, and check it all.
+    #[command(after_help = "Example:\n  towline quickstart --dir quickstart --steps 120")]
+    Quickstart(crate::quickstart::Options),
+    /// Serve something.
+    #[command(subcommand)]
+    Serve(serve::Command),
+    /// Ask or order a running deployment.
+    #[command(subcommand)]
+    Deployment(deployment::Command),
+    /// Encode, apply and inspect weight deltas in files.
+    #[command(subcommand)]
+    Delta(delta::Command),
+    /// Measure codecs on a pair of checkpoints.
+    #[command(subcommand)]
+    Bench(bench::Command),
+    /// List, show, verify and export stored snapshots.
+    #[command(subcommand)]
+    Snapshot(snapshot::Command),
+    /// The trainer process of the quickstart.
+    #[command(hide = true)]
+    QuickstartTrainer(crate::quickstart::TrainerOptions),
+}
+
+/// Parses the command line, runs it, and returns the exit code: 0 for success, 1 for an error, 2 for a wrong call.
+#[must_use]
+pub fn main() -> std::process::ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = u8::try_from(error.exit_code()).unwrap_or(2);
+            // A closed pipe is the reader's choice, not an error to report.
+            let _ = error.print();
+            return code.into();
+        }
+    };
+    let output = Output::new(cli.json);
+    match run(cli.command, &output) {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            output.error(&error);
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command, output: &Output) -> Result<()> {
+    match command {
+        Command::Delta(command) => delta::run(command, output),
+        Command::Bench(command) => bench::run(command, output),
+        Command::Quickstart(options) => block_on(crate::quickstart::run(options, output)),
+        Command::QuickstartTrainer(options) => block_on(crate::quickstart::train(options)),
+        Command::Serve(command) => block_on(serve::run(command, output)),
+        Command::Deployment(command) => block_on(deployment::run(command, output)),
+        Command::Snapshot(command) => block_on(snapshot::run(command, output)),
+    }
+}
+
+fn block_on<F: Future<Output = Result<()>>>(future: F) -> Result<()> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| towline_core::Error::internal("no runtime could be started").with_source(error))?
+        .block_on(future)
+}
