@@ -17,8 +17,12 @@ async fn main() -> Result<()> {
 
     for step in 0..20 {
         if step % SYNC_EVERY == 0 {
-            let receipt = syncer.save_and_hotload(SnapshotName::new(format!("step-{step:05}"))?, None).await?;
-            println!("step {step}: {} because {}, ratio {:.3}", receipt.snapshot.kind, receipt.reason, receipt.ratio);
+            let receipt =
+                syncer.save_and_hotload(SnapshotName::new(format!("step-{step:05}"))?, None).await?;
+            println!(
+                "step {step}: {} because {}, ratio {:.3}",
+                receipt.snapshot.kind, receipt.reason, receipt.ratio
+            );
             kinds.push(receipt.snapshot.kind);
         }
         stack.trainer.supervised_step(&mut rng, 1e-3).await?;

@@ -37,7 +37,11 @@ async fn main() -> Result<()> {
             let rewards: Vec<f64> = samples.iter().map(|sample| problem.reward(&sample.tokens)).collect();
             total += rewards.iter().sum::<f64>();
             for (sample, advantage) in samples.iter().zip(group_advantages(&rewards)) {
-                assert_eq!(sample.snapshot, receipt.snapshot.id.identity.as_str(), "an answer of other weights");
+                assert_eq!(
+                    sample.snapshot,
+                    receipt.snapshot.id.identity.as_str(),
+                    "an answer of other weights"
+                );
                 let datum = problem.policy(&sample.tokens, &sample.logprobs, advantage / 32.0);
                 data.push(Datum::sampled(datum.tokens, datum.targets, datum.old_logprobs, datum.advantages));
             }

@@ -6,8 +6,8 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use towline_core::{
-    Codec, CodecId, Error, JobId, Mode, Modes, Result, SessionId, SnapshotKind, SnapshotName, TensorMeta, Unit,
-    UnitMeta, Weights,
+    Codec, CodecId, Error, JobId, Mode, Modes, Result, SessionId, SnapshotKind, SnapshotName, TensorMeta,
+    Unit, UnitMeta, Weights,
 };
 use towline_storage::{Publish, SnapshotRepo, Wanted};
 
@@ -28,13 +28,20 @@ impl Codec for Runs {
         Modes::Delta
     }
 
-    fn encode(&self, unit: &UnitMeta<'_>, parent: Option<&[u8]>, current: &[u8], out: &mut Vec<u8>) -> Result<()> {
+    fn encode(
+        &self,
+        unit: &UnitMeta<'_>,
+        parent: Option<&[u8]>,
+        current: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
         let parent = unit.parent(parent)?;
         let mut at = 0;
         while at < current.len() {
             let equal = current[at..].iter().zip(&parent[at..]).take_while(|(new, old)| new == old).count();
             let start = at + equal;
-            let other = current[start..].iter().zip(&parent[start..]).take_while(|(new, old)| new != old).count();
+            let other =
+                current[start..].iter().zip(&parent[start..]).take_while(|(new, old)| new != old).count();
             for number in [equal, other] {
                 out.extend_from_slice(&u32::try_from(number).unwrap_or(u32::MAX).to_le_bytes());
             }
@@ -73,7 +80,9 @@ async fn main() -> Result<()> {
         Ok(Arc::new(Weights::new([(TensorMeta::new("w", "BF16".parse()?, [50_000])?, data.into())])?))
     };
     let (old, new) = (weights(1)?, weights(2)?);
-    writer.publish(Publish::new(SnapshotName::new("base")?, SnapshotKind::Base, Arc::clone(&old) as _)).await?;
+    writer
+        .publish(Publish::new(SnapshotName::new("base")?, SnapshotKind::Base, Arc::clone(&old) as _))
+        .await?;
     let base = repo.find("base", Wanted::Sampler).await?;
     let delta = Publish::new(SnapshotName::new("delta")?, SnapshotKind::Delta, Arc::clone(&new) as _);
     let saved = writer.publish(delta.with_parent(base, old).with_codec(codec)).await?;

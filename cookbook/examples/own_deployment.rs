@@ -51,7 +51,8 @@ impl Deployment for ModelDirectory {
             return Ok(());
         }
         if order.previous.is_some() && order.previous != self.served() {
-            return Err(Error::chain_mismatch(format!("{target} is a delta on something else")).with_help("order a base"));
+            return Err(Error::chain_mismatch(format!("{target} is a delta on something else"))
+                .with_help("order a base"));
         }
         let info = self.repo.find(target.identity.as_str(), Wanted::Sampler).await?;
         let directory = self.root.join(target.identity.as_str());

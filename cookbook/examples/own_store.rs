@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use towline_cookbook::recipes::Stack;
 use towline_core::bytes::Bytes;
 use towline_core::{
-    BoxStream, Error, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result, SnapshotName, SnapshotStore, Version,
-    async_trait,
+    BoxStream, Error, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result, SnapshotName, SnapshotStore,
+    Version, async_trait,
 };
 
 type Objects = BTreeMap<ObjectKey, (u64, Bytes)>;
@@ -61,7 +61,10 @@ impl SnapshotStore for MapStore {
     }
 
     async fn head(&self, key: &ObjectKey) -> Result<ObjectInfo> {
-        self.lock().get(key).map(|found| info(key, found)).ok_or_else(|| Error::not_found(format!("`{key}` is missing")))
+        self.lock()
+            .get(key)
+            .map(|found| info(key, found))
+            .ok_or_else(|| Error::not_found(format!("`{key}` is missing")))
     }
 
     async fn delete(&self, key: &ObjectKey) -> Result<()> {
@@ -71,7 +74,8 @@ impl SnapshotStore for MapStore {
 
     fn list(&self, prefix: Option<&ObjectKey>) -> BoxStream<'static, Result<ObjectInfo>> {
         let under = |key: &ObjectKey| prefix.is_none_or(|prefix| key.is_under(prefix));
-        let found: Vec<_> = self.lock().iter().filter(|(key, _)| under(key)).map(|(key, it)| Ok(info(key, it))).collect();
+        let found: Vec<_> =
+            self.lock().iter().filter(|(key, _)| under(key)).map(|(key, it)| Ok(info(key, it))).collect();
         Box::pin(futures_util::stream::iter(found))
     }
 }

@@ -16,7 +16,12 @@ async fn main() -> Result<()> {
 
     // A resumed run publishes its weights as a base before anything is sampled.
     let base = syncer.save_only(SnapshotName::new("resume-step-0")?, Some(CheckpointType::Base)).await?;
-    println!("saved {} ({} bytes), served: {:?}", base.id, base.stored_bytes, syncer.check_deployment_state().await?);
+    println!(
+        "saved {} ({} bytes), served: {:?}",
+        base.id,
+        base.stored_bytes,
+        syncer.check_deployment_state().await?
+    );
     syncer.wait_for_hotload_ready_for(Duration::from_secs(30), Duration::from_millis(50)).await?;
     let receipt = syncer.hotload(&base, CheckpointType::Base).await?;
     println!("loaded {} in {:.1} ms", receipt.snapshot.id, 1e3 * receipt.load_s);

@@ -27,7 +27,9 @@ pub fn weights(tensors: Vec<(String, Vec<usize>, Vec<u8>)>, dtype: WeightDtype) 
 
 /// Views of weights, for the engine.
 pub fn views(weights: &Weights) -> impl Iterator<Item = TensorBytes<'_>> {
-    weights.iter().map(|(meta, data)| TensorBytes::new(meta.name(), meta.dtype().as_str(), meta.shape(), data))
+    weights
+        .iter()
+        .map(|(meta, data)| TensorBytes::new(meta.name(), meta.dtype().as_str(), meta.shape(), data))
 }
 
 /// The model that a server runs on these published weights. Trainer and server call this same function.
@@ -90,8 +92,10 @@ pub fn batch(batch: Batch) -> Result<(Vec<engine::Datum>, engine::Loss)> {
         .map(|datum| {
             datum.check(batch.loss)?;
             Ok(match batch.loss {
-                Loss::CrossEntropy => engine::Datum::cross_entropy(datum.tokens, datum.targets, datum.weights),
-                _ => engine::Datum::policy(datum.tokens, datum.targets, datum.logprobs, datum.advantages),
+                Loss::CrossEntropy => {
+                    engine::Datum::cross_entropy(datum.tokens, datum.targets, datum.weights)
+                }
+                Loss::ImportanceSampling | _ => engine::Datum::policy(datum.tokens, datum.targets, datum.logprobs, datum.advantages),
             })
         })
         .collect::<Result<_>>()?;

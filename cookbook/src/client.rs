@@ -104,7 +104,10 @@ impl Completions {
         let body = json!({"prompt": tokens, "max_tokens": 0, "echo": true, "logprobs": 1});
         let answer = self.ask(&body).await?;
         if answer.snapshot != snapshot.identity.as_str() || answer.digest != snapshot.digest.to_string() {
-            return Err(Error::conflict(format!("wanted an answer of {snapshot}, {} answered", answer.snapshot)));
+            return Err(Error::conflict(format!(
+                "wanted an answer of {snapshot}, {} answered",
+                answer.snapshot
+            )));
         }
         let scores = answer.choices.into_iter().next().map(|choice| choice.logprobs.token_logprobs);
         let scores = scores.ok_or_else(|| Error::internal("the server scored nothing"))?;

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::json;
 use towline_core::{
-    AdamParams, Batch, ContentDigest, DeltaParents, Error, ExportRequest, ForwardBackward, JobId, OptimStep, Result,
-    SaveState, SnapshotKind, SnapshotRef, StateRef, Weights, async_trait,
+    AdamParams, Batch, ContentDigest, DeltaParents, Error, ExportRequest, ForwardBackward, JobId, OptimStep,
+    Result, SaveState, SnapshotKind, SnapshotRef, StateRef, Weights, async_trait,
 };
 use towline_storage::{Publish, SaveTrainState, SnapshotRepo, Wanted, Writer};
 use towline_trainer_client::Backend;
@@ -58,8 +58,11 @@ impl EmbeddedTrainer {
         let repo = self.writer.repo();
         match repo.find_digest(digest).await? {
             Some(info) => Ok(Arc::new(repo.restore(&info).await?)),
-            None => Err(Error::chain_mismatch(format!("the store of job {} holds no weights {digest}", repo.job()))
-                .with_help("save a base")),
+            None => Err(Error::chain_mismatch(format!(
+                "the store of job {} holds no weights {digest}",
+                repo.job()
+            ))
+            .with_help("save a base")),
         }
     }
 
@@ -103,8 +106,9 @@ async fn run<T: Send + 'static>(
     work: impl FnOnce(&mut LocalTrainer) -> engine::Result<T> + Send + 'static,
 ) -> Result<T> {
     let trainer = Arc::clone(trainer);
-    let done =
-        tokio::task::spawn_blocking(move || work(&mut trainer.lock().unwrap_or_else(PoisonError::into_inner)));
+    let done = tokio::task::spawn_blocking(move || {
+        work(&mut trainer.lock().unwrap_or_else(PoisonError::into_inner))
+    });
     match done.await {
         Ok(result) => Ok(result?),
         Err(error) => Err(Error::internal("the training step panicked").with_source(error)),
@@ -139,7 +143,8 @@ impl Backend for EmbeddedTrainer {
 
     async fn export(&mut self, request: ExportRequest) -> Result<SnapshotRef> {
         let dtype = self.dtype;
-        let weights = Arc::new(bridge::weights(self.run(move |trainer| trainer.export(dtype)).await?, dtype)?);
+        let weights =
+            Arc::new(bridge::weights(self.run(move |trainer| trainer.export(dtype)).await?, dtype)?);
         let step = self.run(|trainer| Ok(trainer.step())).await?;
         let mut publish = Publish::new(request.name, request.kind, Arc::clone(&weights) as _)
             .with_files(vec![bridge::config_file(&self.config)])
@@ -150,13 +155,17 @@ impl Backend for EmbeddedTrainer {
             (SnapshotKind::Delta, Some(parent)) => {
                 let old = self.parent(&parent.digest).await?;
                 let info = self.writer.repo().find_digest(&parent.digest).await?.ok_or_else(|| {
-                    Error::chain_mismatch(format!("{parent} is no longer in the store")).with_help("save a base")
+                    Error::chain_mismatch(format!("{parent} is no longer in the store"))
+                        .with_help("save a base")
                 })?;
-                publish = publish.with_parent(info, old).with_codec(towline_codec::by_id(request.codec.as_str())?);
+                publish =
+                    publish.with_parent(info, old).with_codec(towline_codec::by_id(request.codec.as_str())?);
             }
             (kind, _) => {
-                return Err(Error::unsupported(format!("the embedded trainer trains all parameters: it has no {kind}"))
-                    .with_help("save a base or a delta"));
+                return Err(Error::unsupported(format!(
+                    "the embedded trainer trains all parameters: it has no {kind}"
+                ))
+                .with_help("save a base or a delta"));
             }
         }
         let snapshot = self.writer.publish(publish).await?;
@@ -166,7 +175,9 @@ impl Backend for EmbeddedTrainer {
 
     async fn save_state(&mut self, request: SaveState) -> Result<StateRef> {
         let (weights, optimizer, step) = self
-            .run(|trainer| Ok((trainer.export(WeightDtype::F32)?, trainer.optimizer_state()?, trainer.step())))
+            .run(|trainer| {
+                Ok((trainer.export(WeightDtype::F32)?, trainer.optimizer_state()?, trainer.step()))
+            })
             .await?;
         let mut sections = serde_json::Map::new();
         let config: serde_json::Value = serde_json::from_str(&self.config.to_json())
@@ -209,7 +220,10 @@ pub const LOOP: &str = "loop";
 ///
 /// # Errors
 /// `NotFound` if there is no such state; as the store answers.
-pub async fn loop_state(repo: &SnapshotRepo, state: &StateRef) -> Result<serde_json::Map<String, serde_json::Value>> {
+pub async fn loop_state(
+    repo: &SnapshotRepo,
+    state: &StateRef,
+) -> Result<serde_json::Map<String, serde_json::Value>> {
     let repo = repo_of(repo, &state.path)?;
     let manifest = repo.manifest(&repo.find(state.name.as_str(), Wanted::State).await?).await?;
     match manifest.sections.get(LOOP) {

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use towline_core::{
-    AdamParams, Batch, Capabilities, Datum, Deployment, JobId, Loss, Result, SessionId, SnapshotStore, TrainingClient,
+    AdamParams, Batch, Capabilities, Datum, Deployment, JobId, Loss, Result, SessionId, SnapshotStore,
+    TrainingClient,
 };
 use towline_deploy::{DeploymentManager, WeightSyncer};
 use towline_storage::SnapshotRepo;

@@ -7,8 +7,8 @@ use towline_cookbook::engine::{ModelConfig, Rng};
 use towline_cookbook::recipes::{Trainer, embedded_deployment};
 use towline_cookbook::server::{Server, ServerOptions};
 use towline_core::{
-    Capabilities, ContentDigest, Deployment, DeploymentStatus, HotLoad, JobId, ReplicaStatus, Result, SnapshotId,
-    SnapshotKind, SnapshotName, SnapshotStore, Weights, async_trait,
+    Capabilities, ContentDigest, Deployment, DeploymentStatus, HotLoad, JobId, ReplicaStatus, Result,
+    SnapshotId, SnapshotKind, SnapshotName, SnapshotStore, Weights, async_trait,
 };
 use towline_deploy::WeightSyncer;
 use towline_storage::{SnapshotRepo, Wanted};
@@ -120,7 +120,10 @@ async fn six_codecs_two_stores_two_deployments() {
             let stores = [("memory", "memory:".to_owned()), ("local", local.display().to_string())];
             for (name, url) in stores {
                 let (stored, full) = one(id.as_str(), towline_storage::open(&url).unwrap(), over_http).await;
-                println!("{id}, {name}, {}: {stored} of {full} bytes", if over_http { "server" } else { "holder" });
+                println!(
+                    "{id}, {name}, {}: {stored} of {full} bytes",
+                    if over_http { "server" } else { "holder" }
+                );
             }
         }
     }

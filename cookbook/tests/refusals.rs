@@ -10,8 +10,8 @@ use towline_cookbook::engine::{LocalTrainer, ModelConfig, WeightDtype};
 use towline_cookbook::recipes::embedded_deployment;
 use towline_cookbook::server::{Server, ServerOptions};
 use towline_core::{
-    Deployment, ErrorKind, HotLoad, JobId, ObjectKey, OpId, Outcome, PutMode, SessionId, SnapshotKind, SnapshotName,
-    SnapshotRef, SnapshotStore, TensorMeta, Weights,
+    Deployment, ErrorKind, HotLoad, JobId, ObjectKey, OpId, Outcome, PutMode, SessionId, SnapshotKind,
+    SnapshotName, SnapshotRef, SnapshotStore, TensorMeta, Weights,
 };
 use towline_storage::{Publish, SnapshotRepo, Wanted, Writer};
 
@@ -33,7 +33,8 @@ fn weights(seed: u64) -> Weights {
 impl Bench {
     async fn new() -> Self {
         let store = towline_storage::open("memory:").unwrap();
-        let repo = SnapshotRepo::new(Arc::clone(&store), JobId::new("refusals").unwrap(), towline_codec::all());
+        let repo =
+            SnapshotRepo::new(Arc::clone(&store), JobId::new("refusals").unwrap(), towline_codec::all());
         let writer = repo.writer(SessionId::new("0000bbbb").unwrap()).await.unwrap();
         let server = Server::start(Arc::clone(&store), ServerOptions::default()).await.unwrap();
         let deployment = embedded_deployment(&server.url()).unwrap();
@@ -86,7 +87,13 @@ async fn publish(writer: &Writer, name: &str, weights: Weights) -> SnapshotRef {
     writer.publish(publish).await.unwrap()
 }
 
-async fn publish_delta(bench: &Bench, name: &str, parent: &SnapshotRef, old: Weights, new: Weights) -> SnapshotRef {
+async fn publish_delta(
+    bench: &Bench,
+    name: &str,
+    parent: &SnapshotRef,
+    old: Weights,
+    new: Weights,
+) -> SnapshotRef {
     let info = bench.repo.find(parent.id.identity.as_str(), Wanted::Sampler).await.unwrap();
     let publish = Publish::new(SnapshotName::new(name).unwrap(), SnapshotKind::Delta, Arc::new(new) as _)
         .with_files(vec![bridge::config_file(&ModelConfig::tiny())])
@@ -119,7 +126,12 @@ async fn a_wrong_digest_and_a_truncated_file() {
     bench.damage(&cut, |bytes| bytes.truncate(bytes.len() - 7)).await;
     bench.refused(&cut, "corrupt").await;
     let delta = publish_delta(&bench, "delta", &bench.good.clone(), weights(0), weights(3)).await;
-    bench.damage(&delta, |bytes| { let at = bytes.len() - 40; bytes[at] ^= 0x10; }).await;
+    bench
+        .damage(&delta, |bytes| {
+            let at = bytes.len() - 40;
+            bytes[at] ^= 0x10;
+        })
+        .await;
     bench.refused(&delta, "corrupt").await;
 }
 
@@ -156,9 +168,8 @@ async fn bad_requests_get_a_reason_and_nothing_before_the_first_load() {
     let options = ServerOptions::default().with_ready_after(Duration::from_millis(400));
     let server = Server::start(store, options).await.unwrap();
     let http = towline_deploy::http_client(&server.url(), Duration::from_secs(10)).unwrap();
-    let post = |path: &str, body: &str| {
-        http.post(format!("{}{path}", server.url())).body(body.to_owned()).send()
-    };
+    let post =
+        |path: &str, body: &str| http.post(format!("{}{path}", server.url())).body(body.to_owned()).send();
     let hot_load = "/hot_load/v1/models/hot_load";
     // Health is green before hot-loads are taken.
     let health = http.get(format!("{}/health", server.url())).send().await.unwrap();

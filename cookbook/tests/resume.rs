@@ -17,7 +17,12 @@ async fn go_on(trainer: &Trainer, mut rng: Rng) -> (ContentDigest, f64) {
     (trainer.weights.published_weights().await.unwrap().content_digest(), loss)
 }
 
-async fn resumed(repo: &SnapshotRepo, state: &StateRef, rng: &Rng, with_optimizer: bool) -> (ContentDigest, f64) {
+async fn resumed(
+    repo: &SnapshotRepo,
+    state: &StateRef,
+    rng: &Rng,
+    with_optimizer: bool,
+) -> (ContentDigest, f64) {
     let trainer = Trainer::start(repo, &ModelConfig::tiny(), 77).await.unwrap();
     let loaded = if with_optimizer {
         trainer.client.load_state_with_optimizer(state)

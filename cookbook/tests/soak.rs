@@ -11,7 +11,8 @@ use towline_cookbook::engine::{LocalTrainer, ModelConfig, WeightDtype};
 use towline_cookbook::recipes::embedded_deployment;
 use towline_cookbook::server::{Server, ServerOptions};
 use towline_core::{
-    Deployment, HotLoad, JobId, OpId, Outcome, SessionId, SnapshotKind, SnapshotName, SnapshotRef, SnapshotStore,
+    Deployment, HotLoad, JobId, OpId, Outcome, SessionId, SnapshotKind, SnapshotName, SnapshotRef,
+    SnapshotStore,
 };
 use towline_storage::{Publish, SnapshotRepo};
 
@@ -35,7 +36,8 @@ impl Setup {
         let mut refs = Vec::new();
         for seed in 0..snapshots {
             let trainer = LocalTrainer::new(&config, seed).unwrap();
-            let weights = bridge::weights(trainer.export(WeightDtype::Bf16).unwrap(), WeightDtype::Bf16).unwrap();
+            let weights =
+                bridge::weights(trainer.export(WeightDtype::Bf16).unwrap(), WeightDtype::Bf16).unwrap();
             let name = SnapshotName::new(format!("seed-{seed}")).unwrap();
             let publish = Publish::new(name, SnapshotKind::Base, Arc::new(weights) as _)
                 .with_files(vec![bridge::config_file(&config)]);
@@ -88,8 +90,11 @@ async fn every_answer_is_of_the_version_that_it_is_stamped_with() {
         }
     }
     for prompt in PROMPTS {
-        let texts: Vec<_> =
-            setup.snapshots.iter().map(|snapshot| &reference[&(snapshot.id.identity.to_string(), prompt)]).collect();
+        let texts: Vec<_> = setup
+            .snapshots
+            .iter()
+            .map(|snapshot| &reference[&(snapshot.id.identity.to_string(), prompt)])
+            .collect();
         assert_ne!(texts[0], texts[1], "the two versions must answer differently");
     }
     let reference = Arc::new(reference);
@@ -128,7 +133,9 @@ async fn every_answer_is_of_the_version_that_it_is_stamped_with() {
         answers += more;
         spanning += across;
     }
-    println!("{swaps} swaps, {CLIENTS} clients, {answers} answers, {spanning} of them across a swap, 0 mixed");
+    println!(
+        "{swaps} swaps, {CLIENTS} clients, {answers} answers, {spanning} of them across a swap, 0 mixed"
+    );
     assert!(spanning >= 200, "only {spanning} answers lived through a swap");
 }
 
@@ -136,7 +143,9 @@ async fn every_answer_is_of_the_version_that_it_is_stamped_with() {
 async fn resetting_the_prompt_cache_is_told_from_keeping_it() {
     let setup = Setup::new(2).await;
     let cached = async |setup: &Setup| {
-        setup.complete(PROMPTS[1], 2).await["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
+        setup.complete(PROMPTS[1], 2).await["usage"]["prompt_tokens_details"]["cached_tokens"]
+            .as_u64()
+            .unwrap()
     };
     let length = PROMPTS[1].len() as u64;
     setup.load(0, &setup.snapshots[0], true).await;

@@ -17,8 +17,10 @@ use super::output::{Output, table};
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Encode and decode a delta with each codec, in memory, checksums included.
-    #[command(after_help = "Example:\n  towline bench codec --parent step-1.safetensors --current step-2.safetensors \
-        --codecs zstd,arc_v2 --threads 2")]
+    #[command(
+        after_help = "Example:\n  towline bench codec --parent step-1.safetensors --current step-2.safetensors \
+        --codecs zstd,arc_v2 --threads 2"
+    )]
     Codec(Options),
 }
 
@@ -83,7 +85,10 @@ pub(crate) fn run(command: Command, output: &Output) -> Result<()> {
             })
         })
         .collect();
-    output.result(table(&heading, &cells), &json!({"rows": values, "threads": options.threads, "runs": options.runs}));
+    output.result(
+        table(&heading, &cells),
+        &json!({"rows": values, "threads": options.threads, "runs": options.runs}),
+    );
     Ok(())
 }
 
@@ -95,7 +100,13 @@ struct Row {
     extra_mib: Option<f64>,
 }
 
-fn measure(codec: &dyn Codec, parent: &Weights, current: &Weights, limits: Limits, runs: usize) -> Result<Row> {
+fn measure(
+    codec: &dyn Codec,
+    parent: &Weights,
+    current: &Weights,
+    limits: Limits,
+    runs: usize,
+) -> Result<Row> {
     let mut file = Vec::new();
     let bytes = write_shard(&mut file, codec, current, Some(parent), limits)?.bytes;
     drop(file);

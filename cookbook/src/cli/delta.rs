@@ -23,12 +23,16 @@ const ENCODED: &[&str] = &["safetensors", "towline"];
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Encode the difference between two checkpoints.
-    #[command(after_help = "Example:\n  towline delta encode --parent step-1.safetensors --current step-2.safetensors \
-        --codec arc_v2 -o delta.safetensors")]
+    #[command(
+        after_help = "Example:\n  towline delta encode --parent step-1.safetensors --current step-2.safetensors \
+        --codec arc_v2 -o delta.safetensors"
+    )]
     Encode(Encode),
     /// Apply a delta to its parent.
-    #[command(after_help = "Example:\n  towline delta apply --parent step-1.safetensors --delta delta.safetensors \
-        -o step-2.safetensors")]
+    #[command(
+        after_help = "Example:\n  towline delta apply --parent step-1.safetensors --delta delta.safetensors \
+        -o step-2.safetensors"
+    )]
     Apply(Apply),
     /// Show what a delta file holds.
     #[command(after_help = "Example:\n  towline delta inspect delta.safetensors")]
@@ -120,7 +124,8 @@ fn encode(options: &Encode, output: &Output) -> Result<()> {
             false => replacement.path(),
         };
         let mut writer = create(&target)?;
-        let summary = write_shard(&mut writer, codec.as_ref(), &Counted(&shard, &progress), Some(&old), limits)?;
+        let summary =
+            write_shard(&mut writer, codec.as_ref(), &Counted(&shard, &progress), Some(&old), limits)?;
         finish(writer, &target)?;
         bytes += summary.bytes;
         changed += summary.changed;
@@ -172,7 +177,9 @@ fn apply(options: &Apply, output: &Output) -> Result<()> {
             check_parent(&file, wanted, old)?;
         }
         let target = match directory {
-            true => replacement.path().join(file.with_extension("safetensors").file_name().unwrap_or_default()),
+            true => {
+                replacement.path().join(file.with_extension("safetensors").file_name().unwrap_or_default())
+            }
             false => replacement.path(),
         };
         let mut writer = create(&target)?;
@@ -244,7 +251,12 @@ fn inspect(options: &Inspect, output: &Output) -> Result<()> {
     }
     let heads: Vec<String> = files
         .iter()
-        .map(|file| format!("{}: {} {}, {} bytes of payload", file["file"], file["codec"], file["mode"], file["payload_bytes"]))
+        .map(|file| {
+            format!(
+                "{}: {} {}, {} bytes of payload",
+                file["file"], file["codec"], file["mode"], file["payload_bytes"]
+            )
+        })
         .collect();
     output.result(
         format_args!("{}\n{}", heads.join("\n"), table(&["tensor", "dtype", "shape", "bytes"], &rows)),
@@ -287,25 +299,34 @@ fn check_parent(file: &Path, wanted: &ContentDigest, parent: &dyn TensorSource) 
         .map(|index| Ok(TensorDigest::of(&parent.read(index)?)))
         .collect::<Result<Vec<_>>>()?;
     let found = ContentDigest::of_tensors(
-        parent.tensors().iter().zip(&digests).map(|(meta, digest)| (meta.name(), meta.dtype(), meta.shape(), digest)),
+        parent
+            .tensors()
+            .iter()
+            .zip(&digests)
+            .map(|(meta, digest)| (meta.name(), meta.dtype(), meta.shape(), digest)),
     );
     if found == *wanted {
         return Ok(());
     }
-    Err(Error::chain_mismatch(format!("`{}` was made against weights {wanted}, found {found}", file.display()))
-        .with_help("give the checkpoint that the delta was encoded with"))
+    Err(Error::chain_mismatch(format!(
+        "`{}` was made against weights {wanted}, found {found}",
+        file.display()
+    ))
+    .with_help("give the checkpoint that the delta was encoded with"))
 }
 
 fn encoded_name(file: &Path, codec: &dyn Codec) -> PathBuf {
     let extension = match codec.framing() {
         Framing::Safetensors => "safetensors",
-        _ => "towline",
+        Framing::Container | _ => "towline",
     };
     PathBuf::from(file.with_extension(extension).file_name().unwrap_or_default())
 }
 
 fn create(path: &Path) -> Result<BufWriter<File>> {
-    File::create(path).map(|file| BufWriter::with_capacity(1 << 20, file)).map_err(|error| unwritable(path, error))
+    File::create(path)
+        .map(|file| BufWriter::with_capacity(1 << 20, file))
+        .map_err(|error| unwritable(path, error))
 }
 
 fn create_dir(path: &Path) -> Result<()> {

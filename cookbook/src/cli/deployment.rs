@@ -108,7 +108,10 @@ async fn state(target: &Target, output: &Output) -> Result<()> {
             })
         })
         .collect();
-    output.result(table(&["replica", "serves", "state", "stage", "error"], &rows), &json!({"replicas": values}));
+    output.result(
+        table(&["replica", "serves", "state", "stage", "error"], &rows),
+        &json!({"replicas": values}),
+    );
     Ok(())
 }
 
@@ -117,7 +120,9 @@ async fn wait(options: &Wait, output: &Output) -> Result<()> {
     let deadline = tokio::time::Instant::now() + Duration::from_secs(options.timeout);
     loop {
         let last = match manager.status().await {
-            Ok(status) if !status.replicas.is_empty() && status.replicas.iter().all(|replica| replica.ready) => {
+            Ok(status)
+                if !status.replicas.is_empty() && status.replicas.iter().all(|replica| replica.ready) =>
+            {
                 output.result("ready", &json!({"ready": true, "replicas": status.replicas.len()}));
                 return Ok(());
             }

@@ -15,11 +15,7 @@ use super::output::Progress;
 /// `NotFound` if there are none.
 pub(crate) fn shards(path: &Path, extensions: &[&str]) -> Result<Vec<PathBuf>> {
     let unreadable = |error: std::io::Error| {
-        let kind = match error.kind() {
-            std::io::ErrorKind::NotFound => towline_core::ErrorKind::NotFound,
-            std::io::ErrorKind::PermissionDenied => towline_core::ErrorKind::Denied,
-            _ => towline_core::ErrorKind::Unavailable,
-        };
+        let kind = kind_of(&error);
         Error::new(kind, format!("`{}` cannot be read", path.display())).with_source(error)
     };
     if !std::fs::metadata(path).map_err(unreadable)?.is_dir() {
@@ -34,7 +30,11 @@ pub(crate) fn shards(path: &Path, extensions: &[&str]) -> Result<Vec<PathBuf>> {
         }
     }
     if found.is_empty() {
-        return Err(Error::not_found(format!("`{}` holds no .{} file", path.display(), extensions.join(" or ."))));
+        return Err(Error::not_found(format!(
+            "`{}` holds no .{} file",
+            path.display(),
+            extensions.join(" or .")
+        )));
     }
     found.sort();
     Ok(found)
@@ -45,7 +45,8 @@ pub(crate) fn shards(path: &Path, extensions: &[&str]) -> Result<Vec<PathBuf>> {
 /// # Errors
 /// As the files answer.
 pub(crate) fn open_weights(path: &Path) -> Result<SafetensorsFiles<FileSource>> {
-    let sources = shards(path, &["safetensors"])?.iter().map(|file| FileSource::open(file)).collect::<Result<_>>()?;
+    let sources =
+        shards(path, &["safetensors"])?.iter().map(|file| FileSource::open(file)).collect::<Result<_>>()?;
     SafetensorsFiles::open(sources).map_err(|error| error.context(format_args!("`{}`", path.display())))
 }
 
@@ -63,9 +64,10 @@ impl<'a, S: TensorSource> Subset<'a, S> {
         let mut subset = Self { source, tensors: Vec::new(), places: Vec::new() };
         for meta in wanted {
             let place = position(source.tensors(), meta.name());
-            let (place, found) = place
-                .and_then(|place| Some((place, source.tensors().get(place)?)))
-                .ok_or_else(|| Error::chain_mismatch(format!("the parent has no tensor `{}`", meta.name())))?;
+            let (place, found) =
+                place.and_then(|place| Some((place, source.tensors().get(place)?))).ok_or_else(|| {
+                    Error::chain_mismatch(format!("the parent has no tensor `{}`", meta.name()))
+                })?;
             subset.tensors.push(found.clone());
             subset.places.push(place);
         }
@@ -148,11 +150,18 @@ impl Replacement {
 
 /// An error about a path that cannot be written.
 pub(crate) fn unwritable(path: &Path, error: std::io::Error) -> Error {
-    let kind = match error.kind() {
-        std::io::ErrorKind::PermissionDenied => towline_core::ErrorKind::Denied,
-        _ => towline_core::ErrorKind::Unavailable,
-    };
+    let kind = kind_of(&error);
     Error::new(kind, format!("`{}` cannot be written", path.display())).with_source(error)
+}
+
+fn kind_of(error: &std::io::Error) -> towline_core::ErrorKind {
+    if error.kind() == std::io::ErrorKind::NotFound {
+        towline_core::ErrorKind::NotFound
+    } else if error.kind() == std::io::ErrorKind::PermissionDenied {
+        towline_core::ErrorKind::Denied
+    } else {
+        towline_core::ErrorKind::Unavailable
+    }
 }
 
 fn sync(path: &Path) -> std::io::Result<()> {

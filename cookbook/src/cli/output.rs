@@ -59,7 +59,12 @@ impl Output {
             let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {eta}")
                 .unwrap_or_else(|_| ProgressStyle::default_bar());
             let bar = ProgressBar::new(total).with_style(style).with_message(what.to_owned());
-            return Progress { bar: Some(bar), what: what.to_owned(), total, done: Mutex::new((0, Instant::now())) };
+            return Progress {
+                bar: Some(bar),
+                what: what.to_owned(),
+                total,
+                done: Mutex::new((0, Instant::now())),
+            };
         }
         Progress { bar: None, what: what.to_owned(), total, done: Mutex::new((0, Instant::now())) }
     }
@@ -85,7 +90,13 @@ impl Progress {
         state.0 += units;
         if state.1.elapsed() > Duration::from_secs(5) {
             state.1 = Instant::now();
-            let _ = writeln!(std::io::stderr().lock(), "{}: {} of {} MB", self.what, state.0 >> 20, self.total >> 20);
+            let _ = writeln!(
+                std::io::stderr().lock(),
+                "{}: {} of {} MB",
+                self.what,
+                state.0 >> 20,
+                self.total >> 20
+            );
         }
     }
 }
@@ -118,7 +129,11 @@ pub(crate) fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
             .enumerate()
             .map(|(column, cell)| {
                 let width = widths.get(column).copied().unwrap_or(0);
-                if numeric.get(column) == Some(&true) { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+                if numeric.get(column) == Some(&true) {
+                    format!("{cell:>width$}")
+                } else {
+                    format!("{cell:<width$}")
+                }
             })
             .collect();
         padded.join("  ").trim_end().to_owned()

@@ -77,10 +77,10 @@ impl Problem {
     /// The sequence for training on a sampled answer with the policy gradient; every token of the
     /// answer has this advantage.
     #[must_use]
-    pub fn policy(&self, tokens: &[u32], logprobs: &[f32], advantage: f32) -> Datum {
+    pub fn policy(&self, tokens: &[u32], logprobs: &[f32], advantage: f64) -> Datum {
         let (inputs, targets) = self.sequence(tokens);
         let old = on_answer(inputs.len(), logprobs.iter().copied());
-        let advantages = on_answer(inputs.len(), std::iter::repeat_n(advantage, tokens.len()));
+        let advantages = on_answer(inputs.len(), std::iter::repeat_n(super::init::narrow(advantage), tokens.len()));
         Datum::policy(inputs, targets, old, advantages)
     }
 
@@ -112,7 +112,7 @@ pub fn supervised_batch(rng: &mut Rng, size: usize) -> Vec<Datum> {
 #[must_use]
 pub fn policy_batch(problems: &[Problem], groups: &[Vec<Sample>]) -> Vec<Datum> {
     let samples: usize = groups.iter().map(Vec::len).sum();
-    let share = 1.0 / (samples.max(1) * DIGITS) as f32;
+    let share = 1.0 / (samples.max(1) * DIGITS) as f64;
     let mut batch = Vec::new();
     for (problem, group) in problems.iter().zip(groups) {
         let rewards: Vec<f64> = group.iter().map(|sample| problem.reward(&sample.tokens)).collect();
@@ -121,7 +121,7 @@ pub fn policy_batch(problems: &[Problem], groups: &[Vec<Sample>]) -> Vec<Datum> 
             continue;
         }
         for (sample, advantage) in group.iter().zip(advantages) {
-            let advantage = super::init::narrow(advantage) * share;
+            let advantage = advantage * share;
             batch.push(problem.policy(&sample.tokens, &sample.logprobs, advantage));
         }
     }

@@ -63,17 +63,28 @@ pub(super) async fn same_end(
     };
     let ours = ours.load_state(&ours.find(our_end, Wanted::State).await?).await?;
     let theirs = theirs.load_state(&theirs.find(their_end, Wanted::State).await?).await?;
-    let differing = ours.tensors.iter().filter(|(meta, data)| theirs.tensors.get(meta.name()).is_none_or(|(_, other)| other != *data));
+    let differing = ours
+        .tensors
+        .iter()
+        .filter(|(meta, data)| theirs.tensors.get(meta.name()).is_none_or(|(_, other)| other != *data));
     let differing: Vec<_> = differing.map(|(meta, _)| meta.name().to_owned()).collect();
     if !differing.is_empty() {
-        return Ok(Check::failed(name, format!("{} tensors differ, the first is {}", differing.len(), differing[0])));
+        return Ok(Check::failed(
+            name,
+            format!("{} tensors differ, the first is {}", differing.len(), differing[0]),
+        ));
     }
-    if ours.manifest.sections.get(LOOP) != theirs.manifest.sections.get(LOOP) || ours.manifest.step != theirs.manifest.step {
+    if ours.manifest.sections.get(LOOP) != theirs.manifest.sections.get(LOOP)
+        || ours.manifest.step != theirs.manifest.step
+    {
         return Ok(Check::failed(name, "cursor, RNG or rewards differ".into()));
     }
     Ok(Check::passed(
         name,
-        format!("{} tensors (weights and moments), cursor, RNG and rewards bit-identical", ours.tensors.tensors().len()),
+        format!(
+            "{} tensors (weights and moments), cursor, RNG and rewards bit-identical",
+            ours.tensors.tensors().len()
+        ),
     ))
 }
 
@@ -87,6 +98,7 @@ pub(super) fn learning(story: &Story, steps: u64) -> Check {
     let exact: Vec<f64> = story.steps.values().map(|(_, exact)| *exact).collect();
     let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len().max(1) as f64;
     let (first, last) = (mean(&exact[..exact.len().min(10)]), mean(&exact[exact.len().saturating_sub(10)..]));
-    let found = format!("exact match {first:.3} in the first 10 steps, {last:.3} in the last 10 (+0.25 wanted)");
+    let found =
+        format!("exact match {first:.3} in the first 10 steps, {last:.3} in the last 10 (+0.25 wanted)");
     if last >= first + 0.25 { Check::passed(name, found) } else { Check::failed(name, found) }
 }

@@ -20,7 +20,8 @@ pub(super) struct Process {
 
 impl Process {
     pub(super) fn start(what: &'static str, arguments: &[&str]) -> Result<Self> {
-        let failed = |error| Error::internal(format!("the {what} process cannot be started")).with_source(error);
+        let failed =
+            |error| Error::internal(format!("the {what} process cannot be started")).with_source(error);
         let program = std::env::current_exe().map_err(failed)?;
         let mut child = Command::new(program)
             .args(arguments)
@@ -38,8 +39,12 @@ impl Process {
     pub(super) async fn next<T: serde::de::DeserializeOwned>(&mut self) -> Result<Option<T>> {
         let line = tokio::time::timeout(SILENCE, self.lines.next_line())
             .await
-            .map_err(|_| Error::timed_out(format!("the {} was silent for {} s", self.what, SILENCE.as_secs())))?
-            .map_err(|error| Error::unavailable(format!("the {} cannot be read", self.what)).with_source(error))?;
+            .map_err(|_| {
+                Error::timed_out(format!("the {} was silent for {} s", self.what, SILENCE.as_secs()))
+            })?
+            .map_err(|error| {
+                Error::unavailable(format!("the {} cannot be read", self.what)).with_source(error)
+            })?;
         let Some(line) = line else { return Ok(None) };
         serde_json::from_str(&line)
             .map(Some)
@@ -48,10 +53,9 @@ impl Process {
 
     /// Kills it at once (SIGKILL on Unix) and waits for its end.
     pub(super) async fn kill(mut self) -> Result<()> {
-        self.child
-            .kill()
-            .await
-            .map_err(|error| Error::internal(format!("the {} cannot be killed", self.what)).with_source(error))
+        self.child.kill().await.map_err(|error| {
+            Error::internal(format!("the {} cannot be killed", self.what)).with_source(error)
+        })
     }
 
     /// Waits for its end.
@@ -60,12 +64,13 @@ impl Process {
     /// `Internal` if it failed.
     pub(super) async fn finish(mut self) -> Result<()> {
         let ended = tokio::time::timeout(SILENCE, self.child.wait()).await;
-        let status = ended
-            .map_err(|_| Error::timed_out(format!("the {} did not end", self.what)))?
-            .map_err(|error| Error::internal(format!("the {} cannot be waited for", self.what)).with_source(error))?;
+        let status = ended.map_err(|_| Error::timed_out(format!("the {} did not end", self.what)))?.map_err(
+            |error| Error::internal(format!("the {} cannot be waited for", self.what)).with_source(error),
+        )?;
         if status.success() {
             return Ok(());
         }
-        Err(Error::internal(format!("the {} failed ({status})", self.what)).with_help("see its message above"))
+        Err(Error::internal(format!("the {} failed ({status})", self.what))
+            .with_help("see its message above"))
     }
 }

@@ -50,14 +50,21 @@ pub(crate) async fn run(options: Options, output: &Output) -> Result<()> {
     let mut checks = vec![
         Check::passed(
             "served = trained",
-            format!("log-probs bit-equal after each of {} syncs", story.syncs.len() + undisturbed.syncs.len()),
+            format!(
+                "log-probs bit-equal after each of {} syncs",
+                story.syncs.len() + undisturbed.syncs.len()
+            ),
         ),
-        Check::passed("sampled log-probs", format!("within {:.1e} of a full forward pass (1e-4 allowed)", story.gap)),
+        Check::passed(
+            "sampled log-probs",
+            format!("within {:.1e} of a full forward pass (1e-4 allowed)", story.gap),
+        ),
     ];
     checks.push(match (&story.killed_at, &story.resumed_from) {
-        (Some(killed), Some((state, step))) => {
-            Check::passed("crash", format!("killed in step {}, resumed from {state} (step {step})", killed + 1))
-        }
+        (Some(killed), Some((state, step))) => Check::passed(
+            "crash",
+            format!("killed in step {}, resumed from {state} (step {step})", killed + 1),
+        ),
         _ => Check::failed("crash", "the trainer was not killed and resumed".into()),
     });
     checks.push(same_end(&ours, story.end.as_deref(), &theirs, undisturbed.end.as_deref()).await?);
@@ -72,7 +79,13 @@ pub(crate) async fn run(options: Options, output: &Output) -> Result<()> {
 }
 
 /// Trains one job to its end against a server of its own, killed once in `kill_at` if asked.
-async fn drive(options: &Options, store: &str, job: &str, kill_at: Option<u64>, output: &Output) -> Result<Story> {
+async fn drive(
+    options: &Options,
+    store: &str,
+    job: &str,
+    kill_at: Option<u64>,
+    output: &Output,
+) -> Result<Story> {
     #[derive(serde::Deserialize)]
     struct Listening {
         url: String,
@@ -84,7 +97,16 @@ async fn drive(options: &Options, store: &str, job: &str, kill_at: Option<u64>, 
         server.next().await?.ok_or_else(|| Error::internal("the server ended before it listened"))?;
     let steps = options.steps.to_string();
     let arguments = [
-        "quickstart-trainer", "--store", store, "--job", job, "--server", &url, "--codec", &options.codec, "--steps",
+        "quickstart-trainer",
+        "--store",
+        store,
+        "--job",
+        job,
+        "--server",
+        &url,
+        "--codec",
+        &options.codec,
+        "--steps",
         &steps,
     ];
     let mut story = Story::default();
@@ -94,10 +116,7 @@ async fn drive(options: &Options, store: &str, job: &str, kill_at: Option<u64>, 
             trainer.finish().await?;
             return Err(Error::internal("the trainer ended before its run was done"));
         };
-        let at = match &event {
-            Event::Step { step, .. } => Some(*step),
-            _ => None,
-        };
+        let at = if let Event::Step { step, .. } = &event { Some(*step) } else { None };
         story.tell(event, output);
         if at.is_some() && at == kill_at && story.killed_at.is_none() {
             trainer.kill().await?;
@@ -119,7 +138,9 @@ impl Story {
                 self.resumed_from = Some((state, step));
             }
             Event::Started { resumed_from: None, .. } => output.note("supervised training"),
-            Event::Supervised { step, loss } => output.note(format_args!("supervised step {step}: loss {loss:.3}")),
+            Event::Supervised { step, loss } => {
+                output.note(format_args!("supervised step {step}: loss {loss:.3}"))
+            }
             Event::Synced { phase, step, receipt } => self.syncs.push((phase, step, *receipt)),
             Event::Step { step, reward, exact, logprob_gap } => {
                 self.gap = self.gap.max(logprob_gap);
@@ -143,7 +164,8 @@ fn report(
     started: Instant,
     output: &Output,
 ) -> Result<()> {
-    let rows: Vec<_> = story.syncs.iter().map(|(phase, step, receipt)| row(story, *phase, *step, receipt)).collect();
+    let rows: Vec<_> =
+        story.syncs.iter().map(|(phase, step, receipt)| row(story, *phase, *step, receipt)).collect();
     let seconds = started.elapsed().as_secs_f64();
     let receipts: Vec<_> = story
         .syncs
@@ -161,7 +183,8 @@ fn report(
     let text = serde_json::to_vec_pretty(&value)
         .map_err(|error| Error::internal("the report is no JSON").with_source(error))?;
     std::fs::write(&log, text).map_err(|error| crate::cli::unwritable(&log, error))?;
-    let heading = ["step", "kind", "bytes", "ratio %", "changed %", "fresh ms", "pause µs", "reward", "exact"];
+    let heading =
+        ["step", "kind", "bytes", "ratio %", "changed %", "fresh ms", "pause µs", "reward", "exact"];
     let list: Vec<String> = checks.iter().map(ToString::to_string).collect();
     output.result(
         format_args!(

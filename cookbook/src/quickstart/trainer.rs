@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use serde_json::json;
 use towline_core::{
-    AdamParams, Batch, CheckpointType, Datum, Error, JobId, Loss, Result, SaveState, SnapshotId, SnapshotKind,
-    SnapshotName, StateRef, TrainingClient,
+    AdamParams, Batch, CheckpointType, Datum, Error, JobId, Loss, Result, SaveState, SnapshotId,
+    SnapshotKind, SnapshotName, StateRef, TrainingClient,
 };
 use towline_deploy::WeightSyncer;
 use towline_storage::SnapshotRepo;
@@ -34,12 +34,8 @@ pub(crate) async fn train(options: TrainerOptions) -> Result<()> {
     let store = towline_storage::open(&options.store)?;
     let job = JobId::new(options.job.as_str())?;
     let repo = SnapshotRepo::new(store, job, towline_codec::all());
-    let run = Run {
-        completions: Completions::new(&options.server)?,
-        config: ModelConfig::tiny(),
-        repo,
-        options,
-    };
+    let run =
+        Run { completions: Completions::new(&options.server)?, config: ModelConfig::tiny(), repo, options };
     let states = run.repo.list().await?.into_iter().filter(|info| info.kind == SnapshotKind::State);
     let newest = states.max_by_key(|info| info.seq);
     match newest {
@@ -91,10 +87,11 @@ impl Run {
             if step % SYNC_EVERY == 0 {
                 self.sync(&mut session, Phase::Supervised, step, &format!("sft-{step:05}"), None).await?;
             }
-            let data = supervised_batch(&mut rng, SUPERVISED_BATCH).into_iter().map(|datum| {
-                Datum::supervised(datum.tokens, datum.targets, datum.weights)
-            });
-            let forward = session.trainer.client.forward_backward(Batch::new(data.collect(), Loss::CrossEntropy));
+            let data = supervised_batch(&mut rng, SUPERVISED_BATCH)
+                .into_iter()
+                .map(|datum| Datum::supervised(datum.tokens, datum.targets, datum.weights));
+            let forward =
+                session.trainer.client.forward_backward(Batch::new(data.collect(), Loss::CrossEntropy));
             let step_done = session.trainer.client.optim_step(AdamParams::new(schedule.at(step)));
             let output = forward.wait(DEADLINE).await?;
             step_done.wait(DEADLINE).await?;
@@ -103,7 +100,12 @@ impl Run {
             }
         }
         let state = SaveState::new(SnapshotName::new("sft-final")?);
-        let saved = session.trainer.client.save_state(with_progress(state, &Progress::start())).wait(DEADLINE).await?;
+        let saved = session
+            .trainer
+            .client
+            .save_state(with_progress(state, &Progress::start()))
+            .wait(DEADLINE)
+            .await?;
         emit(&Event::State { name: saved.name.to_string(), step: 0 })?;
         session.trainer.client.close().await?;
         Ok(saved)
@@ -124,9 +126,11 @@ impl Run {
         // The server may run something else: what is sampled must come from exactly these weights.
         let base = Some(CheckpointType::Base);
         self.sync(&mut session, Phase::Reinforcement, progress.step, &name, base).await?;
-        let schedule = Schedule::new(1.5e-4, 10, self.options.steps, 5e-5);
+        let schedule = Schedule::new(2e-4, 10, self.options.steps, 5e-5);
         while progress.step < self.options.steps {
-            if progress.step % STATE_EVERY == 0 && !(resumed && state.name.as_str() == state_name(progress.step)) {
+            if progress.step.is_multiple_of(STATE_EVERY)
+                && !(resumed && state.name.as_str() == state_name(progress.step))
+            {
                 self.save_state(&session, &state_name(progress.step), &progress).await?;
             }
             let gap = self.step(&session, &mut progress, &schedule).await?;
@@ -156,19 +160,24 @@ impl Run {
             let group: Vec<f64> = samples.iter().map(|sample| problem.reward(&sample.tokens)).collect();
             exact += samples.iter().filter(|sample| problem.is_exact(&sample.tokens)).count();
             for (sample, advantage) in samples.iter().zip(group_advantages(&group)) {
-                let datum = problem.policy(&sample.tokens, &sample.logprobs, advantage as f32);
+                let datum = problem.policy(&sample.tokens, &sample.logprobs, advantage);
                 data.push(Datum::sampled(datum.tokens, datum.targets, datum.old_logprobs, datum.advantages));
             }
             if let Some(sample) = samples.first() {
                 if sample.snapshot != policy.identity.as_str() {
-                    return Err(Error::internal(format!("wanted samples of {policy}, {} answered", sample.snapshot)));
+                    return Err(Error::internal(format!(
+                        "wanted samples of {policy}, {} answered",
+                        sample.snapshot
+                    )));
                 }
                 gap = gap.max(logprob_gap(served, &problem.prompt_tokens(), sample)?);
             }
             rewards.extend(group);
         }
         if gap > LOGPROB_GAP {
-            return Err(Error::internal(format!("sampled log-probs are off by {gap:e}, at most {LOGPROB_GAP:e} is allowed")));
+            return Err(Error::internal(format!(
+                "sampled log-probs are off by {gap:e}, at most {LOGPROB_GAP:e} is allowed"
+            )));
         }
         let count = (PROMPTS * SAMPLES) as f32;
         for datum in &mut data {
@@ -240,8 +249,9 @@ impl Progress {
             exact: Vec<f64>,
         }
         let entries = loop_state(repo, state).await?;
-        let saved: Saved = serde_json::from_value(serde_json::Value::Object(entries))
-            .map_err(|error| Error::corrupt(format!("state {state} is not of this loop")).with_source(error))?;
+        let saved: Saved = serde_json::from_value(serde_json::Value::Object(entries)).map_err(|error| {
+            Error::corrupt(format!("state {state} is not of this loop")).with_source(error)
+        })?;
         let Saved { cursor, rng, rewards, exact } = saved;
         Ok(Self { step: cursor, rng: Rng::from_state(rng)?, rewards, exact })
     }

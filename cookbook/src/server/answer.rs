@@ -18,7 +18,7 @@ pub(super) fn refuse(error: &Error) -> Response {
         ErrorKind::Corrupt => StatusCode::UNPROCESSABLE_ENTITY,
         ErrorKind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
         ErrorKind::TimedOut => StatusCode::GATEWAY_TIMEOUT,
-        _ => StatusCode::INTERNAL_SERVER_ERROR,
+        ErrorKind::Internal | _ => StatusCode::INTERNAL_SERVER_ERROR,
     };
     let body = json!({"error": {
         "code": error.kind().as_str(), "message": error.message(), "help": error.help(),

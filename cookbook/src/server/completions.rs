@@ -134,9 +134,9 @@ async fn respond(shared: &Arc<Shared>, body: &[u8]) -> Result<Answer> {
     }
     let swaps = shared.swaps();
     // Taken once: the request keeps these weights to its end, whatever is swapped meanwhile.
-    let served = shared.served().ok_or_else(|| {
-        Error::unavailable("no weights are loaded yet").with_help("hot-load a base first")
-    })?;
+    let served = shared
+        .served()
+        .ok_or_else(|| Error::unavailable("no weights are loaded yet").with_help("hot-load a base first"))?;
     let cancelled = Arc::new(Cancel::default());
     let guard = CancelOnDrop(Arc::clone(&cancelled));
     let worker = Arc::clone(shared);
@@ -207,12 +207,13 @@ fn run(shared: &Shared, served: &Served, request: Request, cancel: &Cancel) -> R
         };
         let none = (samples.is_empty() && request.echo).then(empty_sample);
         for sample in samples.into_iter().chain(none) {
-            choices.push(choice(choices.len(), prompt, echoed.as_deref(), sample, wants_logprobs));
+            choices.push(choice(choices.len(), prompt, echoed.as_deref(), &sample, wants_logprobs));
         }
     }
     let prompt_tokens = prompts.iter().map(Vec::len).sum();
     let all_tokens: usize = choices.iter().map(|choice| choice.tokens.len()).sum();
-    let completion_tokens = all_tokens - if request.echo { prompt_tokens * request.n } else { 0 }.min(all_tokens);
+    let completion_tokens =
+        all_tokens - if request.echo { prompt_tokens * request.n } else { 0 }.min(all_tokens);
     Ok(Answer {
         id: format!("cmpl-{number}"),
         object: "text_completion",
@@ -249,7 +250,13 @@ fn read(shared: &Shared, served: &Served, prompt: &[u32], cached: &mut usize) ->
     Ok(prefix)
 }
 
-fn choice(index: usize, prompt: &[u32], echoed: Option<&[f32]>, sample: Sample, wants_logprobs: bool) -> Choice {
+fn choice(
+    index: usize,
+    prompt: &[u32],
+    echoed: Option<&[f32]>,
+    sample: &Sample,
+    wants_logprobs: bool,
+) -> Choice {
     let mut tokens = Vec::new();
     let mut logprobs = Vec::new();
     if let Some(scores) = echoed {
@@ -293,7 +300,10 @@ impl Prompts {
             Self::TokenLists(lists) => lists,
         };
         if lists.is_empty() || lists.len() > MAX_PROMPTS || lists.iter().any(Vec::is_empty) {
-            return Err(Error::invalid(format!("{} prompts: wanted 1 to {MAX_PROMPTS}, none empty", lists.len())));
+            return Err(Error::invalid(format!(
+                "{} prompts: wanted 1 to {MAX_PROMPTS}, none empty",
+                lists.len()
+            )));
         }
         Ok(lists)
     }

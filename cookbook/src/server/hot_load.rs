@@ -10,8 +10,8 @@ use axum::response::{IntoResponse, Response};
 use serde_json::json;
 use towline_core::{Error, Result, SnapshotIdentity, Stage};
 use towline_deploy::wire::{
-    DIGEST_HEADER, HotLoadRequest, LoadingState, MANIFEST_HEADER, OPERATION_HEADER, ReplicaEntry, StatusResponse,
-    TowlineExtra,
+    DIGEST_HEADER, HotLoadRequest, LoadingState, MANIFEST_HEADER, OPERATION_HEADER, ReplicaEntry,
+    StatusResponse, TowlineExtra,
 };
 
 use super::answer;
@@ -41,7 +41,7 @@ pub(super) async fn status(State(shared): State<Arc<Shared>>) -> Json<StatusResp
             Stage::Idle => "idle",
             Stage::Swap => "swap",
             Stage::Error => "error",
-            _ => "load",
+            Stage::Load | _ => "load",
         }
         .into(),
         target_snapshot_identity: load.target.map(|target| target.to_string()),

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
 use towline_core::{
-    ContentDigest, Error, ManifestDigest, OpId, Result, SnapshotId, SnapshotIdentity, SnapshotKind, SnapshotStore,
-    Stage, Weights, same_tensors,
+    ContentDigest, Error, ManifestDigest, OpId, Result, SnapshotId, SnapshotIdentity, SnapshotKind,
+    SnapshotStore, Stage, Weights, same_tensors,
 };
 use towline_storage::{SnapshotInfo, SnapshotRepo, Wanted};
 
@@ -81,8 +81,15 @@ pub(super) struct Order {
 
 impl Shared {
     pub(super) fn new(store: Arc<dyn SnapshotStore>, options: ServerOptions) -> Self {
-        let load =
-            Load { stage: Stage::Idle, op: None, target: None, error: None, load: None, verify: None, pause: None };
+        let load = Load {
+            stage: Stage::Idle,
+            op: None,
+            target: None,
+            error: None,
+            load: None,
+            verify: None,
+            pause: None,
+        };
         Self {
             prefixes: PrefixCache::new(options.cached_prompts),
             options,
@@ -158,7 +165,9 @@ impl Shared {
         }
         if matches!(load.stage, Stage::Load | Stage::Swap) {
             let busy = load.target.as_ref().map_or_else(String::new, ToString::to_string);
-            return Err(Error::conflict(format!("{busy} is being loaded")).with_help("order again when it is done"));
+            return Err(
+                Error::conflict(format!("{busy} is being loaded")).with_help("order again when it is done")
+            );
         }
         *load = Load {
             stage: Stage::Load,
@@ -231,10 +240,11 @@ impl Shared {
                 }
             }
             (SnapshotKind::Base | SnapshotKind::MergedBase, None) => Ok(()),
-            (SnapshotKind::Base | SnapshotKind::MergedBase, Some(_)) => {
-                Err(Error::chain_mismatch(format!("{} is a full snapshot, but it was ordered as a delta", info.id))
-                    .with_help("leave `incremental_snapshot_metadata` out"))
-            }
+            (SnapshotKind::Base | SnapshotKind::MergedBase, Some(_)) => Err(Error::chain_mismatch(format!(
+                "{} is a full snapshot, but it was ordered as a delta",
+                info.id
+            ))
+            .with_help("leave `incremental_snapshot_metadata` out")),
             (kind, _) => Err(Error::unsupported(format!("this server loads no {kind}"))),
         }
     }
@@ -245,7 +255,9 @@ impl Shared {
         let served = self.served();
         let weights = match (info.kind, &served) {
             (SnapshotKind::Delta, Some(served)) => repo.apply(info, &served.weights).await?,
-            (SnapshotKind::Delta, None) => return Err(Error::chain_mismatch("nothing is served to apply a delta to")),
+            (SnapshotKind::Delta, None) => {
+                return Err(Error::chain_mismatch("nothing is served to apply a delta to"));
+            }
             _ => repo.restore(info).await?,
         };
         let config = repo.file(info, "config.json").await?;
@@ -256,8 +268,9 @@ impl Shared {
             let text = std::str::from_utf8(&config).map_err(|_| Error::corrupt("config.json is no text"))?;
             let config = ModelConfig::from_json(text)?;
             if let Some(served) = &served {
-                same_tensors(served.weights.tensors(), weights.tensors())
-                    .map_err(|error| error.context("the snapshot is of another model than the one that is served"))?;
+                same_tensors(served.weights.tensors(), weights.tensors()).map_err(|error| {
+                    error.context("the snapshot is of another model than the one that is served")
+                })?;
             }
             if weights.content_digest() != id.digest {
                 return Err(Error::corrupt(format!("the loaded weights are not {id}")));
