@@ -95,7 +95,9 @@ pub fn batch(batch: Batch) -> Result<(Vec<engine::Datum>, engine::Loss)> {
                 Loss::CrossEntropy => {
                     engine::Datum::cross_entropy(datum.tokens, datum.targets, datum.weights)
                 }
-                Loss::ImportanceSampling | _ => engine::Datum::policy(datum.tokens, datum.targets, datum.logprobs, datum.advantages),
+                Loss::ImportanceSampling | _ => {
+                    engine::Datum::policy(datum.tokens, datum.targets, datum.logprobs, datum.advantages)
+                }
             })
         })
         .collect::<Result<_>>()?;

@@ -80,7 +80,8 @@ impl Problem {
     pub fn policy(&self, tokens: &[u32], logprobs: &[f32], advantage: f64) -> Datum {
         let (inputs, targets) = self.sequence(tokens);
         let old = on_answer(inputs.len(), logprobs.iter().copied());
-        let advantages = on_answer(inputs.len(), std::iter::repeat_n(super::init::narrow(advantage), tokens.len()));
+        let advantages =
+            on_answer(inputs.len(), std::iter::repeat_n(super::init::narrow(advantage), tokens.len()));
         Datum::policy(inputs, targets, old, advantages)
     }
 

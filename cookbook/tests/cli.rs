@@ -1,0 +1,246 @@
+//! The command line as a user calls it: files, directories, JSON alone on standard output, errors with a next step.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use towline_core::safetensors::serialize;
+use towline_core::{DType, TensorMeta, Weights};
+
+const CODECS: [&str; 6] = ["raw", "zstd", "lz4", "arc_v1", "arc_v2", "arc_v3"];
+
+fn towline(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_towline")).args(arguments).output().unwrap()
+}
+
+/// Runs it with `--json` and parses all of standard output.
+fn json(arguments: &[&str]) -> Value {
+    let output = towline(&[arguments, &["--json"]].concat());
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{arguments:?}: {text} {}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_str(&text).unwrap()
+}
+
+/// Runs it, and returns what it says when it fails.
+fn refused(arguments: &[&str]) -> String {
+    let output = towline(arguments);
+    assert!(!output.status.success(), "{arguments:?} succeeded");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+fn weights(names: &[&str], step: u16) -> Weights {
+    Weights::new(names.iter().map(|name| {
+        let data: Vec<u8> = (0..5000u16)
+            .flat_map(|at| if at % 50 == 7 { (at ^ step).to_le_bytes() } else { at.to_le_bytes() })
+            .collect();
+        (TensorMeta::new(*name, DType::BF16, [50, 100]).unwrap(), data.into())
+    }))
+    .unwrap()
+}
+
+fn write(path: &Path, weights: &Weights) {
+    std::fs::write(path, serialize(weights, &std::collections::BTreeMap::new()).unwrap()).unwrap();
+}
+
+fn same(left: &Path, right: &Path) -> bool {
+    let read = |path: &Path| -> Weights {
+        let bytes = bytes::Bytes::from(std::fs::read(path).unwrap());
+        Weights::read_all(&towline_core::safetensors::SafetensorsFiles::open(vec![bytes]).unwrap()).unwrap()
+    };
+    read(left) == read(right)
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn deltas_of_files_round_trip_in_every_codec() {
+    let dir = tempfile::tempdir().unwrap();
+    let [old, new, delta, out] =
+        ["old.safetensors", "new.safetensors", "delta", "out.safetensors"].map(|name| dir.path().join(name));
+    write(&old, &weights(&["a", "b"], 1));
+    write(&new, &weights(&["a", "b"], 2));
+    for codec in CODECS {
+        let arguments =
+            ["--parent", text(&old), "--current", text(&new), "--codec", codec, "-o", text(&delta)];
+        let encoded = json(&[&["delta", "encode"], &arguments[..]].concat());
+        assert_eq!(encoded["raw_bytes"], 20_000);
+        assert_eq!(encoded["changed"], 200);
+        let shown = json(&["delta", "inspect", text(&delta)]);
+        assert_eq!(shown["files"][0]["codec"], codec);
+        assert_eq!(shown["files"][0]["tensors"].as_array().unwrap().len(), 2);
+        // The output of the codec before is replaced whole.
+        json(&["delta", "apply", "--parent", text(&old), "--delta", text(&delta), "-o", text(&out)]);
+        assert!(same(&out, &new), "{codec}");
+        // A wrong parent is refused, and what was there stays.
+        if codec != "raw" {
+            let why = refused(&[
+                "delta",
+                "apply",
+                "--parent",
+                text(&new),
+                "--delta",
+                text(&delta),
+                "-o",
+                text(&out),
+            ]);
+            assert!(why.contains("help:"), "{codec}: {why}");
+            assert!(same(&out, &new), "{codec}");
+        }
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 4, "nothing is left behind");
+}
+
+#[test]
+fn deltas_of_directories_keep_the_shards() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    for (step, name) in [(1, "old"), (2, "new")] {
+        std::fs::create_dir(path(name)).unwrap();
+        write(&path(name).join("model-00001-of-00002.safetensors"), &weights(&["a", "c"], step));
+        write(&path(name).join("model-00002-of-00002.safetensors"), &weights(&["b"], step));
+    }
+    let (old, new, delta, out) = (path("old"), path("new"), path("delta"), path("out"));
+    for codec in ["zstd", "arc_v2"] {
+        let arguments =
+            ["--parent", text(&old), "--current", text(&new), "--codec", codec, "-o", text(&delta)];
+        json(&[&["delta", "encode"], &arguments[..]].concat());
+        json(&["delta", "apply", "--parent", text(&old), "--delta", text(&delta), "-o", text(&out)]);
+        for shard in ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"] {
+            assert!(same(&out.join(shard), &new.join(shard)), "{codec} {shard}");
+        }
+    }
+    // Half of the delta is refused.
+    let first = std::fs::read_dir(&delta).unwrap().next().unwrap().unwrap().path();
+    std::fs::remove_file(first).unwrap();
+    let why = refused(&["delta", "apply", "--parent", text(&old), "--delta", text(&delta), "-o", text(&out)]);
+    assert!(why.contains("tensors"), "{why}");
+}
+
+#[test]
+fn wrong_calls_say_what_was_wanted() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("w.safetensors");
+    write(&file, &weights(&["a"], 1));
+    let other = dir.path().join("other.safetensors");
+    write(&other, &weights(&["b"], 1));
+    let junk = dir.path().join("junk");
+    std::fs::write(&junk, b"not a checkpoint at all").unwrap();
+    let out = dir.path().join("out");
+    let encode = |parent: &Path, current: &Path, codec: &str| {
+        refused(&[
+            "delta",
+            "encode",
+            "--parent",
+            text(parent),
+            "--current",
+            text(current),
+            "--codec",
+            codec,
+            "-o",
+            text(&out),
+        ])
+    };
+    assert!(encode(&file, &file, "gzip").contains("arc_v2"), "the known codecs are listed");
+    assert!(encode(&file, &other, "zstd").contains("`a` is missing"));
+    assert!(encode(&junk, &file, "zstd").contains("junk"));
+    assert!(encode(&dir.path().join("absent"), &file, "zstd").contains("cannot be read"));
+    assert!(refused(&["delta", "inspect", text(&file)]).contains("U8"));
+    assert!(!out.exists());
+    let output = towline(&["snapshot", "show", "--store", text(&dir.path().join("store")), "x", "--json"]);
+    let error: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(error["error"]["code"], "not_found");
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(towline(&["delta"]).status.code(), Some(2));
+}
+
+#[test]
+fn every_command_has_help_with_an_example() {
+    for command in [
+        &["quickstart"][..],
+        &["serve", "engine"],
+        &["deployment", "state"],
+        &["deployment", "wait"],
+        &["deployment", "hot-load"],
+        &["delta", "encode"],
+        &["delta", "apply"],
+        &["delta", "inspect"],
+        &["bench", "codec"],
+        &["snapshot", "list"],
+        &["snapshot", "show"],
+        &["snapshot", "verify"],
+        &["snapshot", "export"],
+    ] {
+        let output = towline(&[command, &["--help"]].concat());
+        let help = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success() && help.contains("Example:"), "{command:?}: {help}");
+        assert!(help.contains("--json"), "{command:?}");
+    }
+}
+
+#[test]
+fn bench_measures_what_was_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let (old, new) = (dir.path().join("old.safetensors"), dir.path().join("new.safetensors"));
+    write(&old, &weights(&["a"], 1));
+    write(&new, &weights(&["a"], 2));
+    let arguments =
+        ["--parent", text(&old), "--current", text(&new), "--codecs", "zstd,arc_v2", "--runs", "1"];
+    let report = json(&[&["bench", "codec"], &arguments[..]].concat());
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 2);
+    for row in rows {
+        assert_eq!(row["raw_bytes"], 10_000);
+        assert!(row["encode_gbps"].as_f64().unwrap() > 0.0 && row["encoded_bytes"].as_u64().unwrap() > 0);
+    }
+}
+
+#[test]
+fn a_store_is_listed_verified_and_exported() {
+    use std::sync::Arc;
+    use towline_core::{JobId, SessionId, SnapshotKind, SnapshotName};
+    use towline_storage::{Publish, SnapshotRepo, Wanted};
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let repo = SnapshotRepo::new(
+            towline_storage::open(text(&store)).unwrap(),
+            JobId::new("job").unwrap(),
+            towline_codec::all(),
+        );
+        let writer = repo.writer(SessionId::new("0000cccc").unwrap()).await.unwrap();
+        let (old, new) = (Arc::new(weights(&["a"], 1)), Arc::new(weights(&["a"], 2)));
+        let name = |name: &str| SnapshotName::new(name).unwrap();
+        writer.publish(Publish::new(name("one"), SnapshotKind::Base, Arc::clone(&old) as _)).await.unwrap();
+        let parent = repo.find("one", Wanted::Sampler).await.unwrap();
+        let delta = Publish::new(name("two"), SnapshotKind::Delta, new as _).with_parent(parent, old);
+        writer.publish(delta.with_codec(towline_codec::by_id("arc_v3").unwrap())).await.unwrap();
+    });
+    let list = json(&["snapshot", "list", "--store", text(&store)]);
+    assert_eq!(list["snapshots"][1]["kind"], "delta");
+    assert_eq!(json(&["snapshot", "show", "--store", text(&store), "two"])["codec"], "arc_v3");
+    json(&["snapshot", "verify", "--store", text(&store)]);
+    let out = dir.path().join("model");
+    json(&["snapshot", "export", "--store", text(&store), "two", "-o", text(&out)]);
+    let expected = dir.path().join("expected.safetensors");
+    write(&expected, &weights(&["a"], 2));
+    assert!(same(&out.join("model-00001-of-00001.safetensors"), &expected));
+    // One flipped byte is found, and named.
+    let file =
+        walk(&store).into_iter().find(|path| path.ends_with("model-00001-of-00001.safetensors")).unwrap();
+    let mut bytes = std::fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    assert!(refused(&["snapshot", "verify", "--store", text(&store)]).contains("damaged"));
+}
+
+fn walk(path: &Path) -> Vec<std::path::PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(path).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { found.extend(walk(&path)) } else { found.push(path) }
+    }
+    found
+}
