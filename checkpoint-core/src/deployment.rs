@@ -2,11 +2,14 @@
 
 use std::fmt::Debug;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use crate::{CodecId, ContentDigest, Error, OpId, Result, SnapshotId, SnapshotIdentity, SnapshotRef};
+use crate::{
+    CodecId, ContentDigest, Error, OpId, Result, SnapshotId, SnapshotIdentity, SnapshotKind, SnapshotRef,
+};
 
 /// A set of replicas that serve one model.
 ///
@@ -92,6 +95,35 @@ impl Capabilities {
         self.adapters = adapters;
         self
     }
+
+    /// Checks that `snapshot` is of a kind and codec that can be loaded. The first line of a
+    /// [`Deployment::hot_load`].
+    ///
+    /// # Errors
+    /// `Unsupported` for a delta in a codec that is not listed and for an adapter where none are loaded; `Invalid`
+    /// for a train state.
+    pub fn check(&self, snapshot: &SnapshotRef) -> Result<()> {
+        match (snapshot.kind, &snapshot.codec) {
+            (SnapshotKind::Delta, Some(codec)) if self.delta_codecs.contains(codec) => Ok(()),
+            (SnapshotKind::Delta, codec) => {
+                let codec = codec.as_ref().map_or("no codec", CodecId::as_str);
+                Err(Error::unsupported(format!(
+                    "{} is a delta in {codec}, which is not applied here",
+                    snapshot.id
+                ))
+                .with_help("save a base, or choose a codec that the capabilities list"))
+            }
+            (SnapshotKind::Adapter, _) if !self.adapters => {
+                Err(Error::unsupported(format!("{} is an adapter, and none are loaded here", snapshot.id))
+                    .with_help("save a merged base"))
+            }
+            (SnapshotKind::State, _) => {
+                Err(Error::invalid(format!("{} is a train state, which cannot be served", snapshot.id))
+                    .with_help("save a sampler checkpoint"))
+            }
+            (SnapshotKind::Base | SnapshotKind::MergedBase | SnapshotKind::Adapter, _) => Ok(()),
+        }
+    }
 }
 
 /// One order to load a snapshot.
@@ -169,6 +201,12 @@ pub struct ReplicaStatus {
     pub target: Option<SnapshotIdentity>,
     /// Why the last load failed.
     pub error: Option<String>,
+    /// How long the last load took to fetch, decode and check, if it tells.
+    pub load: Option<Duration>,
+    /// How much of that was checking, if it tells.
+    pub verify: Option<Duration>,
+    /// How long requests had to wait for the last swap, if it tells.
+    pub pause: Option<Duration>,
 }
 
 impl ReplicaStatus {
@@ -182,6 +220,9 @@ impl ReplicaStatus {
             stage: Stage::Idle,
             target: None,
             error: None,
+            load: None,
+            verify: None,
+            pause: None,
         }
     }
 }
@@ -192,6 +233,8 @@ impl ReplicaStatus {
 pub struct DeploymentStatus {
     /// The replicas.
     pub replicas: Vec<ReplicaStatus>,
+    /// The model that they serve, if they tell.
+    pub model: Option<String>,
 }
 
 /// What has become of an operation.
@@ -210,7 +253,14 @@ impl DeploymentStatus {
     /// These replicas.
     #[must_use]
     pub fn new(replicas: Vec<ReplicaStatus>) -> Self {
-        Self { replicas }
+        Self { replicas, model: None }
+    }
+
+    /// Sets the model that they serve.
+    #[must_use]
+    pub fn with_model(mut self, model: Option<String>) -> Self {
+        self.model = model;
+        self
     }
 
     /// What has become of loading `target`: committed only if **every** replica serves it and is ready. An error
