@@ -57,7 +57,7 @@ async fn a_base_comes_first_and_deltas_follow() {
     assert_eq!(syncer.check_deployment_state().await.unwrap().unwrap().as_str(), "step-2-00ab12cd");
     assert!(second.synced && second.reset_prompt_cache);
     assert_eq!((second.replicas, second.stored_bytes, second.full_bytes), (2, 10, 120));
-    assert_eq!((second.ratio, second.changed_share), (12.0, Some(0.25)));
+    assert_eq!((second.ratio, second.changed_share), (1.0 / 12.0, Some(0.25)));
     assert_eq!((second.pause_s, second.verify_s, second.warm_up_error.as_deref()), (Some(0.003), 0.02, None));
     assert_eq!(servers.with(|inner| inner.warm_ups), 3);
     let ops: std::collections::HashSet<_> =

@@ -1,1 +1,38 @@
-//! Under construction.
+//! The transactional snapshot store of Towline.
+//!
+//! Two layers. A [`towline_core::SnapshotStore`] keeps objects: [`Memory`], [`Local`], or any back end of the
+//! `object_store` crate through [`ObjectAdapter`]; [`open`] picks one by URL. A [`SnapshotRepo`] keeps the snapshots
+//! and train states of one job on such a store: data come first, then the manifest, and the compare-and-swap of
+//! `head.json` is the commit. A snapshot exists exactly when the head says so.
+//!
+//! ```text
+//! <job>/head.json                                the only object that is ever replaced
+//! <job>/snapshots/<seq>-<name>-<write id>/       immutable: model-00001-of-000NN.safetensors | .towline, …
+//! <job>/states/<seq>-<name>-<write id>/          immutable: rank-0-0.safetensors, …
+//!     manifest.json                              written last, if absent
+//! ```
+//!
+//! Opening a [`Writer`] fences the one before it: two trainers can never both commit.
+//!
+//! Futures need a tokio runtime with its timer.
+
+mod io;
+#[cfg(feature = "local")]
+mod local;
+mod memory;
+mod object;
+mod open;
+mod random;
+mod repo;
+mod shard;
+
+pub use io::FileSource;
+#[cfg(feature = "local")]
+pub use local::Local;
+pub use memory::Memory;
+pub use object::ObjectAdapter;
+pub use open::open;
+pub use repo::{
+    MAX_HEAD, Publish, SaveTrainState, SnapshotInfo, SnapshotRepo, TrainState, Verified, Wanted, Writer, jobs,
+};
+pub use shard::{ShardReader, ShardSummary, first_payload, write_shard};

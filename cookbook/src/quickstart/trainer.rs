@@ -126,7 +126,7 @@ impl Run {
         // The server may run something else: what is sampled must come from exactly these weights.
         let base = Some(CheckpointType::Base);
         self.sync(&mut session, Phase::Reinforcement, progress.step, &name, base).await?;
-        let schedule = Schedule::new(2e-4, 10, self.options.steps, 5e-5);
+        let schedule = Schedule::new(2.5e-4, 10, self.options.steps, 1e-4);
         while progress.step < self.options.steps {
             if progress.step.is_multiple_of(STATE_EVERY)
                 && !(resumed && state.name.as_str() == state_name(progress.step))

@@ -1,0 +1,270 @@
+//! Any back end of the `object_store` crate as a store.
+
+use std::fmt::Display;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt as _;
+use object_store::path::Path;
+use object_store::{
+    Error as Theirs, GetOptions, GetRange, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt as _,
+    PutOptions, PutResult, UpdateVersion,
+};
+use tokio::task::JoinSet;
+use towline_core::{
+    BoxStream, Error, ErrorKind, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result, SnapshotStore,
+    Version, async_trait,
+};
+
+use crate::io::clip;
+
+/// The length of an uploaded part, in bytes: object stores want all parts but the last alike.
+const PART: usize = 8 << 20;
+/// Parts on their way at once. Memory of a writer: these and one more.
+const PARTS_AT_ONCE: usize = 4;
+
+/// A [`SnapshotStore`] over any back end of the `object_store` crate that has conditional writes.
+///
+/// Objects above 8 MiB go up in parts. A writer that is dropped gives up its parts as far as the runtime still
+/// lets it; set a rule for incomplete uploads on the bucket for the rest.
+#[derive(Debug, Clone)]
+pub struct ObjectAdapter {
+    inner: Arc<dyn ObjectStore>,
+}
+
+impl ObjectAdapter {
+    /// The store on `inner`.
+    #[must_use]
+    pub fn new(inner: Arc<dyn ObjectStore>) -> Self {
+        Self { inner }
+    }
+
+    async fn get_range(&self, key: &ObjectKey, range: Range<u64>) -> Result<Bytes> {
+        if range.start >= range.end {
+            // No request can ask for nothing: the size alone tells whether the place exists.
+            clip(key, Some(range), self.head(key).await?.size)?;
+            return Ok(Bytes::new());
+        }
+        let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
+        match self.inner.get_opts(&path(key)?, options).await {
+            Ok(found) if found.range.start != range.start => Err(Error::internal(format!(
+                "`{key}`: wanted bytes from {}, the store answered with {:?}",
+                range.start, found.range
+            ))),
+            Ok(found) => found.bytes().await.map_err(|error| failed(error, key, "read")),
+            Err(Theirs::NotFound { source, path }) => {
+                Err(failed(Theirs::NotFound { source, path }, key, "read"))
+            }
+            // Every back end says in its own way that the range begins at or behind the end.
+            Err(error) => match self.head(key).await {
+                Ok(info) if clip(key, Some(range), info.size)?.is_empty() => Ok(Bytes::new()),
+                _ => Err(failed(error, key, "read")),
+            },
+        }
+    }
+}
+
+#[async_trait]
+impl SnapshotStore for ObjectAdapter {
+    async fn put(&self, key: &ObjectKey, body: Bytes, mode: PutMode) -> Result<Version> {
+        let mode = match mode {
+            PutMode::Create => object_store::PutMode::Create,
+            PutMode::Overwrite => object_store::PutMode::Overwrite,
+            PutMode::Update(version) => object_store::PutMode::Update(update_version(&version)),
+        };
+        let put = self.inner.put_opts(&path(key)?, body.into(), PutOptions::from(mode)).await;
+        put.map(|put| put_version(&put)).map_err(|error| failed(error, key, "written"))
+    }
+
+    async fn writer(&self, key: &ObjectKey) -> Result<Box<dyn ObjectWriter>> {
+        Ok(Box::new(PartWriter {
+            store: Arc::clone(&self.inner),
+            path: path(key)?,
+            key: key.clone(),
+            buffer: BytesMut::new(),
+            upload: None,
+            parts: JoinSet::new(),
+        }))
+    }
+
+    async fn get(&self, key: &ObjectKey, range: Option<Range<u64>>) -> Result<Bytes> {
+        let Some(range) = range else {
+            let found = self.inner.get(&path(key)?).await.map_err(|error| failed(error, key, "read"))?;
+            return found.bytes().await.map_err(|error| failed(error, key, "read"));
+        };
+        self.get_range(key, range).await
+    }
+
+    async fn head(&self, key: &ObjectKey) -> Result<ObjectInfo> {
+        let meta = self.inner.head(&path(key)?).await.map_err(|error| failed(error, key, "looked at"))?;
+        Ok(info(key.clone(), &meta))
+    }
+
+    async fn delete(&self, key: &ObjectKey) -> Result<()> {
+        match self.inner.delete(&path(key)?).await {
+            Ok(()) | Err(Theirs::NotFound { .. }) => Ok(()),
+            Err(error) => Err(failed(error, key, "deleted")),
+        }
+    }
+
+    fn list(&self, prefix: Option<&ObjectKey>) -> BoxStream<'static, Result<ObjectInfo>> {
+        let folder = match prefix.map(path).transpose() {
+            Ok(folder) => folder,
+            Err(error) => return futures_util::stream::once(async { Err(error) }).boxed(),
+        };
+        let prefix = prefix.cloned();
+        let objects = self.inner.list(folder.as_ref());
+        let objects = objects.filter_map(move |object| {
+            let found = match object {
+                // What others put there under names that are no keys is none of ours.
+                Ok(meta) => ObjectKey::new(meta.location.as_ref())
+                    .ok()
+                    .filter(|key| prefix.as_ref().is_none_or(|prefix| key.is_under(prefix)))
+                    .map(|key| Ok(info(key, &meta))),
+                Err(error) => Some(Err(failed(error, &"the store", "listed"))),
+            };
+            async { found }
+        });
+        objects.boxed()
+    }
+}
+
+/// Collects parts, and puts the object at once if it stays below one part.
+#[derive(Debug)]
+struct PartWriter {
+    store: Arc<dyn ObjectStore>,
+    path: Path,
+    key: ObjectKey,
+    buffer: BytesMut,
+    upload: Option<Box<dyn MultipartUpload>>,
+    parts: JoinSet<object_store::Result<()>>,
+}
+
+impl PartWriter {
+    async fn send(&mut self, part: Bytes) -> Result<()> {
+        while self.parts.len() >= PARTS_AT_ONCE {
+            self.join_one().await?;
+        }
+        let upload = match &mut self.upload {
+            Some(upload) => upload,
+            None => {
+                let upload = self.store.put_multipart(&self.path).await;
+                self.upload.insert(upload.map_err(|error| failed(error, &self.key, "written"))?)
+            }
+        };
+        self.parts.spawn(upload.put_part(part.into()));
+        Ok(())
+    }
+
+    async fn join_one(&mut self) -> Result<()> {
+        match self.parts.join_next().await {
+            None | Some(Ok(Ok(()))) => Ok(()),
+            Some(Ok(Err(error))) => Err(failed(error, &self.key, "written")),
+            Some(Err(error)) => {
+                Err(Error::internal(format!("`{}`: the upload of a part ended early", self.key))
+                    .with_source(error))
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl ObjectWriter for PartWriter {
+    async fn write(&mut self, part: Bytes) -> Result<()> {
+        self.buffer.extend_from_slice(&part);
+        while self.buffer.len() > PART {
+            let part = self.buffer.split_to(PART).freeze();
+            self.send(part).await?;
+        }
+        Ok(())
+    }
+
+    async fn finish(mut self: Box<Self>) -> Result<Version> {
+        let rest = std::mem::take(&mut self.buffer).freeze();
+        if self.upload.is_none() {
+            let put = self.store.put(&self.path, rest.into()).await;
+            return put.map(|put| put_version(&put)).map_err(|error| failed(error, &self.key, "written"));
+        }
+        self.send(rest).await?;
+        while !self.parts.is_empty() {
+            self.join_one().await?;
+        }
+        let Some(upload) = &mut self.upload else {
+            return Err(Error::internal(format!("`{}`: the upload is gone", self.key)));
+        };
+        let put = upload.complete().await.map_err(|error| failed(error, &self.key, "finished"))?;
+        self.upload = None;
+        Ok(put_version(&put))
+    }
+
+    async fn abort(mut self: Box<Self>) -> Result<()> {
+        self.parts.shutdown().await;
+        match self.upload.take() {
+            Some(mut upload) => upload.abort().await.map_err(|error| failed(error, &self.key, "given up")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for PartWriter {
+    fn drop(&mut self) {
+        if let (Some(mut upload), Ok(runtime)) = (self.upload.take(), tokio::runtime::Handle::try_current()) {
+            self.parts.abort_all();
+            runtime.spawn(async move { upload.abort().await });
+        }
+    }
+}
+
+fn path(key: &ObjectKey) -> Result<Path> {
+    Path::parse(key.as_str())
+        .map_err(|error| Error::invalid(format!("`{key}` is no path of this store")).with_source(error))
+}
+
+fn info(key: ObjectKey, meta: &ObjectMeta) -> ObjectInfo {
+    let modified = u64::try_from(meta.last_modified.timestamp_millis()).unwrap_or(0);
+    ObjectInfo::new(key, meta.size, version(meta.e_tag.as_deref(), meta.version.as_deref()), modified)
+}
+
+fn put_version(put: &PutResult) -> Version {
+    version(put.e_tag.as_deref(), put.version.as_deref())
+}
+
+/// Both texts are kept, the second behind a line break that no ETag has: some stores compare one, some the other.
+fn version(e_tag: Option<&str>, version: Option<&str>) -> Version {
+    match (e_tag, version) {
+        (Some(e_tag), None) => Version::new(e_tag),
+        (e_tag, version) => {
+            Version::new(format!("{}\n{}", e_tag.unwrap_or_default(), version.unwrap_or_default()))
+        }
+    }
+}
+
+fn update_version(version: &Version) -> UpdateVersion {
+    let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+    match version.as_str().split_once('\n') {
+        Some((e_tag, version)) => UpdateVersion { e_tag: text(e_tag), version: text(version) },
+        None => UpdateVersion { e_tag: text(version.as_str()), version: None },
+    }
+}
+
+/// `error` of the back end with the caller's reaction to it.
+fn failed(error: Theirs, key: &impl Display, what: &str) -> Error {
+    // No `match`: which kinds there are depends on the crate's features.
+    let kind = if matches!(error, Theirs::NotFound { .. }) {
+        ErrorKind::NotFound
+    } else if matches!(error, Theirs::AlreadyExists { .. }) {
+        ErrorKind::AlreadyExists
+    } else if matches!(error, Theirs::Precondition { .. } | Theirs::NotModified { .. }) {
+        ErrorKind::Conflict
+    } else if matches!(error, Theirs::PermissionDenied { .. } | Theirs::Unauthenticated { .. }) {
+        ErrorKind::Denied
+    } else if matches!(error, Theirs::NotSupported { .. } | Theirs::NotImplemented { .. }) {
+        ErrorKind::Unsupported
+    } else if matches!(error, Theirs::InvalidPath { .. } | Theirs::UnknownConfigurationKey { .. }) {
+        ErrorKind::Invalid
+    } else {
+        ErrorKind::Unavailable
+    };
+    Error::new(kind, format!("`{key}` could not be {what}")).with_source(error)
+}

@@ -1,0 +1,184 @@
+//! A snapshot as a plain Hugging Face folder.
+
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use towline_core::safetensors::{Header, layout};
+use towline_core::{Error, Result, TensorMeta};
+
+use super::SnapshotRepo;
+use super::files::{INDEX, cut, index_json, model_names, plain_metadata};
+use super::info::SnapshotInfo;
+use crate::io::{blocking, io_error};
+use crate::random::random;
+
+impl SnapshotRepo {
+    /// Writes the whole weights of a snapshot, and the files that were passed through, to the new folder `dir`. It is
+    /// written beside and renamed into its place, so that it is there whole or not at all. The passed-through files
+    /// of a delta are those of its nearest parent that has any.
+    ///
+    /// # Errors
+    /// `AlreadyExists` if `dir` is there and not an empty folder; else as [`SnapshotRepo::restore`], and what the
+    /// disk answers.
+    pub async fn export(&self, info: &SnapshotInfo, dir: &Path) -> Result<()> {
+        let target = dir.to_owned();
+        let folder = blocking(move || NewFolder::beside(target)).await?;
+        let chain = self.open_chain(info).await?;
+        let metas = chain.last().map(|link| link.metas.clone()).unwrap_or_default();
+        let shards = model_names(cut(&metas, self.shard_bytes), None);
+        let mut open: Option<Shard> = None;
+        let mut rest = shards.iter();
+        for batch in self.batches(&chain) {
+            for (number, (_, data)) in batch.clone().zip(self.restore_batch(&chain, batch).await?) {
+                let mut shard = match open.take() {
+                    Some(shard) if shard.run.contains(&number) => shard,
+                    full => {
+                        close(full).await?;
+                        let (name, run) =
+                            rest.next().ok_or_else(|| Error::internal("more tensors than files"))?;
+                        let (path, run, metas) = (folder.path.join(name), run.clone(), metas.clone());
+                        blocking(move || Shard::create(path, run, &metas)).await?
+                    }
+                };
+                open = Some(
+                    blocking(move || {
+                        shard.write(number, &data)?;
+                        Ok(shard)
+                    })
+                    .await?,
+                );
+            }
+        }
+        close(open).await?;
+        for (name, run) in rest {
+            // A model without tensors still has a file.
+            let (path, run) = (folder.path.join(name), run.clone());
+            close(Some(blocking(move || Shard::create(path, run, &[])).await?)).await?;
+        }
+
+        let mut files = Vec::new();
+        for link in chain.iter().rev() {
+            for entry in link.manifest.files.iter().filter(|entry| !entry.weights && entry.path != INDEX) {
+                files.push((entry.path.clone(), self.file(&link.info, &entry.path).await?));
+            }
+            if !files.is_empty() {
+                break;
+            }
+        }
+        let total = metas.iter().map(|meta| meta.byte_len() as u64).sum();
+        let places = shards.iter().flat_map(|(name, run)| {
+            metas.get(run.clone()).unwrap_or_default().iter().map(|meta| (meta.name(), name.as_str()))
+        });
+        files.push((INDEX.to_owned(), index_json(total, places)?));
+        blocking(move || {
+            for (path, body) in files {
+                folder.write(&path, &body)?;
+            }
+            folder.keep()
+        })
+        .await
+    }
+}
+
+async fn close(shard: Option<Shard>) -> Result<()> {
+    match shard {
+        Some(shard) => {
+            blocking(move || shard.file.sync_all().map_err(|error| unwritten(error, &shard.path))).await
+        }
+        None => Ok(()),
+    }
+}
+
+/// A plain file whose tensors come in the order of their names, not of the file.
+struct Shard {
+    file: File,
+    path: PathBuf,
+    run: Range<usize>,
+    /// Where each tensor of the run begins.
+    places: Vec<u64>,
+}
+
+impl Shard {
+    fn create(path: PathBuf, run: Range<usize>, metas: &[TensorMeta]) -> Result<Self> {
+        let metas = metas.get(run.clone()).unwrap_or_default();
+        let order = layout(metas);
+        let sorted: Vec<_> = order.iter().filter_map(|&index| metas.get(index).cloned()).collect();
+        let header = Header::encode(&sorted, &plain_metadata())?;
+        let mut places = vec![0; metas.len()];
+        let mut start = header.len() as u64;
+        for (index, meta) in order.into_iter().zip(&sorted) {
+            if let Some(place) = places.get_mut(index) {
+                *place = start;
+            }
+            start += meta.byte_len() as u64;
+        }
+        let mut file = File::create_new(&path).map_err(|error| unwritten(error, &path))?;
+        file.write_all(&header).map_err(|error| unwritten(error, &path))?;
+        Ok(Self { file, path, run, places })
+    }
+
+    fn write(&mut self, number: usize, data: &[u8]) -> Result<()> {
+        let place = self.places.get(number - self.run.start).copied().unwrap_or_default();
+        let seek = io::Seek::seek(&mut self.file, io::SeekFrom::Start(place));
+        seek.and_then(|_| self.file.write_all(data)).map_err(|error| unwritten(error, &self.path))
+    }
+}
+
+/// A folder that takes its name when it is whole and is removed otherwise.
+struct NewFolder {
+    path: PathBuf,
+    target: PathBuf,
+    kept: bool,
+}
+
+impl NewFolder {
+    fn beside(target: PathBuf) -> Result<Self> {
+        let is_empty = match fs::read_dir(&target) {
+            Ok(mut entries) => entries.next().is_none(),
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        };
+        if !is_empty {
+            return Err(Error::already_exists(format!("`{}` exists and is not empty", target.display()))
+                .with_help("name a new folder"));
+        }
+        let Some(name) = target.file_name() else {
+            return Err(Error::invalid(format!("`{}` names no new folder", target.display())));
+        };
+        let path = target.with_file_name(format!(".{}.{:016x}", name.display(), random()));
+        fs::create_dir_all(&path).map_err(|error| unwritten(error, &path))?;
+        Ok(Self { path, target, kept: false })
+    }
+
+    fn write(&self, path: &str, body: &Bytes) -> Result<()> {
+        let path = self.path.join(path);
+        let folder = path.parent().map_or(Ok(()), fs::create_dir_all);
+        let written = folder.and_then(|()| File::create_new(&path)).and_then(|mut file| {
+            file.write_all(body)?;
+            file.sync_all()
+        });
+        written.map_err(|error| unwritten(error, &path))
+    }
+
+    fn keep(mut self) -> Result<()> {
+        let moved = fs::rename(&self.path, &self.target);
+        moved.map_err(|error| unwritten(error, &self.target))?;
+        self.kept = true;
+        Ok(())
+    }
+}
+
+impl Drop for NewFolder {
+    fn drop(&mut self) {
+        if !self.kept {
+            // It has a name of its own, so that a rest of it is in nobody's way.
+            let _ = fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+fn unwritten(error: io::Error, path: &Path) -> Error {
+    io_error(error, format_args!("`{}` could not be written", path.display()))
+}

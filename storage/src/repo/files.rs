@@ -1,0 +1,321 @@
+//! Weights as files: cut into shards, encoded on a thread that may block, streamed to the store.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use serde_json::json;
+use tokio::sync::mpsc::{self, Receiver, Sender};
+use towline_core::pipeline::Limits;
+use towline_core::safetensors::{Header, layout};
+use towline_core::{
+    Codec, ContentDigest, DIGEST_BLOCK, Error, FileEntry, Framing, ObjectKey, Result, TensorDigest,
+    TensorEntry, TensorMeta, TensorSource, block_digest,
+};
+
+use super::ops::Ops;
+use crate::io::blocking;
+use crate::shard::{ShardSummary, Tally, write, write_shard};
+
+/// The file that says which file holds which tensor.
+pub(super) const INDEX: &str = "model.safetensors.index.json";
+/// Blocks of 1 MiB that wait for the store.
+const QUEUE: usize = 8;
+
+/// What to write, and how.
+pub(super) struct Work {
+    pub(super) weights: Arc<dyn TensorSource>,
+    pub(super) parent: Option<Arc<dyn TensorSource>>,
+    pub(super) codec: Option<Arc<dyn Codec>>,
+    pub(super) limits: Limits,
+    /// Each file's path, and which tensors it holds, by index.
+    pub(super) shards: Vec<(String, Range<usize>)>,
+}
+
+/// What was written.
+pub(super) struct Written {
+    pub(super) files: Vec<FileEntry>,
+    pub(super) tensors: Vec<TensorEntry>,
+    pub(super) raw_bytes: u64,
+    pub(super) changed: (u64, u64),
+    pub(super) parent: Option<ContentDigest>,
+}
+
+/// Cuts `tensors` into runs of at most `limit` plain bytes, at least one tensor each, at least one run.
+pub(super) fn cut(tensors: &[TensorMeta], limit: u64) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    let mut size = 0;
+    for (index, meta) in tensors.iter().enumerate() {
+        let length = meta.byte_len() as u64;
+        match runs.last_mut() {
+            Some(run) if size + length <= limit => run.end = index + 1,
+            _ => {
+                runs.push(index..index + 1);
+                size = 0;
+            }
+        }
+        size += length;
+    }
+    if runs.is_empty() { vec![Range::default()] } else { runs }
+}
+
+/// Cuts as the parent was cut, so that its files and the delta's hold the same tensors; `None` if its files do not
+/// hold runs of tensors.
+pub(super) fn cut_like(parent: &[TensorEntry]) -> Option<Vec<Range<usize>>> {
+    let mut runs: Vec<(usize, Range<usize>)> = Vec::new();
+    for (index, entry) in parent.iter().enumerate() {
+        match runs.iter_mut().rfind(|(file, _)| *file == entry.file) {
+            Some((_, run)) if run.end == index => run.end = index + 1,
+            Some(_) => return None,
+            None => runs.push((entry.file, index..index + 1)),
+        }
+    }
+    (!runs.is_empty()).then(|| runs.into_iter().map(|(_, run)| run).collect())
+}
+
+/// Gives the runs the names that model files have.
+pub(super) fn model_names(runs: Vec<Range<usize>>, codec: Option<&dyn Codec>) -> Vec<(String, Range<usize>)> {
+    let suffix = match codec.map(Codec::framing) {
+        None | Some(Framing::Safetensors) => "safetensors",
+        Some(_) => "towline",
+    };
+    let count = runs.len();
+    let name = |number| format!("model-{number:05}-of-{count:05}.{suffix}");
+    runs.into_iter().enumerate().map(|(index, run)| (name(index + 1), run)).collect()
+}
+
+/// The content of [`INDEX`].
+pub(super) fn index_json<'a>(
+    total: u64,
+    places: impl IntoIterator<Item = (&'a str, &'a str)>,
+) -> Result<Bytes> {
+    let map: BTreeMap<_, _> = places.into_iter().collect();
+    let json = json!({"metadata": {"total_size": total}, "weight_map": map});
+    serde_json::to_vec_pretty(&json).map(Bytes::from).map_err(|error| {
+        Error::internal("the index of the model's files could not be written").with_source(error)
+    })
+}
+
+/// The text map of every plain file, which the ecosystem's readers ask for.
+pub(super) fn plain_metadata() -> BTreeMap<String, String> {
+    BTreeMap::from([("format".to_owned(), "pt".to_owned())])
+}
+
+/// Encodes `work` and writes its files below `folder`. At most some blocks of 1 MiB lie between the two.
+pub(super) async fn write_files(ops: &Ops, folder: &ObjectKey, work: Work) -> Result<Written> {
+    let (sender, mut receiver) = mpsc::channel(QUEUE);
+    let encode = tokio::spawn(blocking(move || encode_all(&work, &sender)));
+    let written = receive_all(ops, folder, &mut receiver).await;
+    // The encoder stops at its next block if the store has failed.
+    drop(receiver);
+    let encoded = match encode.await {
+        Ok(encoded) => encoded,
+        Err(error) => Err(Error::internal("the encoder ended early").with_source(error)),
+    };
+    // If the store failed, the encoder only knows that nobody listens any more.
+    let files = written?;
+    let (tensors, tally) = encoded?;
+    Ok(Written {
+        files,
+        raw_bytes: tally.raw_bytes,
+        changed: (tally.changed, tally.elements),
+        parent: tally.parent_digest,
+        tensors,
+    })
+}
+
+enum Event {
+    Begin(String),
+    Block(Bytes),
+    End { bytes: u64, digest: TensorDigest },
+}
+
+async fn receive_all(ops: &Ops, folder: &ObjectKey, events: &mut Receiver<Event>) -> Result<Vec<FileEntry>> {
+    let mut files = Vec::new();
+    while let Some(event) = events.recv().await {
+        let Event::Begin(path) = event else { return Err(out_of_order()) };
+        let key = folder.join(&path)?;
+        let mut writer = ops.writer(&key).await?;
+        loop {
+            match events.recv().await {
+                Some(Event::Block(block)) => ops.within(&key, writer.write(block)).await?,
+                Some(Event::End { bytes, digest }) => {
+                    ops.within(&key, writer.finish()).await?;
+                    files.push(FileEntry::new(path, bytes, digest, true));
+                    break;
+                }
+                Some(Event::Begin(_)) => return Err(out_of_order()),
+                // The encoder has failed and says why when it is asked.
+                None => {
+                    ops.within(&key, writer.abort()).await?;
+                    return Ok(files);
+                }
+            }
+        }
+    }
+    Ok(files)
+}
+
+fn encode_all(work: &Work, events: &Sender<Event>) -> Result<(Vec<TensorEntry>, ShardSummary)> {
+    let metas = work.weights.tensors();
+    let mut tensors = Vec::with_capacity(metas.len());
+    let mut all = Tally::default();
+    for (file, (path, run)) in work.shards.iter().enumerate() {
+        let current = Part::new(&work.weights, run)?;
+        let parent = work.parent.as_ref().map(|parent| Part::new(parent, run)).transpose()?;
+        send(events, Event::Begin(path.clone()))?;
+        let mut out = Blocks::new(events);
+        let summary = match &work.codec {
+            Some(codec) => {
+                let parent = parent.as_ref().map(|parent| parent as &dyn TensorSource);
+                write_shard(&mut out, codec, &current, parent, work.limits)?
+            }
+            None => write_plain(&mut out, &current)?,
+        };
+        out.end()?;
+        for (meta, digest) in current.tensors().iter().zip(&summary.digests) {
+            tensors.push(TensorEntry::new(meta, *digest, file));
+        }
+        all.absorb(summary);
+    }
+    let mut summary = all.summary(metas);
+    if work.parent.is_some() {
+        // A model without tensors has a parent without tensors.
+        summary.parent_digest.get_or_insert_with(|| ContentDigest::of_tensors([]));
+    }
+    Ok((tensors, summary))
+}
+
+/// One plain safetensors file.
+fn write_plain(out: &mut Blocks<'_>, source: &dyn TensorSource) -> Result<ShardSummary> {
+    let tensors = source.tensors();
+    let order = layout(tensors);
+    let metas: Vec<_> = order.iter().filter_map(|&index| tensors.get(index).cloned()).collect();
+    write(out, &Header::encode(&metas, &plain_metadata())?)?;
+    let mut digests = vec![TensorDigest::of(&[]); tensors.len()];
+    for (index, meta) in order.into_iter().zip(&metas) {
+        let data = source.read(index)?;
+        if data.len() != meta.byte_len() {
+            return Err(Error::invalid(format!(
+                "tensor `{}`: wanted {} bytes, its source gave {}",
+                meta.name(),
+                meta.byte_len(),
+                data.len()
+            )));
+        }
+        if let Some(digest) = digests.get_mut(index) {
+            *digest = TensorDigest::of(&data);
+        }
+        write(out, &data)?;
+    }
+    let mut tally = Tally::default();
+    for (meta, digest) in tensors.iter().zip(digests) {
+        tally.add_whole(meta, digest);
+    }
+    Ok(tally.summary(tensors))
+}
+
+/// A run of a source's tensors.
+struct Part<'a> {
+    source: &'a dyn TensorSource,
+    tensors: &'a [TensorMeta],
+    start: usize,
+}
+
+impl<'a> Part<'a> {
+    fn new(source: &'a Arc<dyn TensorSource>, run: &Range<usize>) -> Result<Self> {
+        let tensors = source.tensors().get(run.clone()).ok_or_else(|| {
+            Error::internal(format!("tensors {run:?} of {} were asked for", source.tensors().len()))
+        })?;
+        Ok(Self { source: &**source, tensors, start: run.start })
+    }
+}
+
+impl TensorSource for Part<'_> {
+    fn tensors(&self) -> &[TensorMeta] {
+        self.tensors
+    }
+
+    fn read(&self, index: usize) -> Result<Bytes> {
+        self.source.read(self.start + index)
+    }
+}
+
+/// Cuts what is written into blocks, digests them, and sends them on.
+struct Blocks<'a> {
+    events: &'a Sender<Event>,
+    buffer: BytesMut,
+    digests: Vec<u128>,
+    bytes: u64,
+}
+
+impl<'a> Blocks<'a> {
+    fn new(events: &'a Sender<Event>) -> Self {
+        Self { events, buffer: BytesMut::new(), digests: Vec::new(), bytes: 0 }
+    }
+
+    fn flush_block(&mut self) -> Result<()> {
+        let block = std::mem::replace(&mut self.buffer, BytesMut::with_capacity(DIGEST_BLOCK)).freeze();
+        self.bytes += block.len() as u64;
+        self.digests.push(block_digest(&block));
+        send(self.events, Event::Block(block))
+    }
+
+    fn end(mut self) -> Result<()> {
+        if !self.buffer.is_empty() {
+            self.flush_block()?;
+        }
+        let digest = TensorDigest::of_blocks(self.digests);
+        send(self.events, Event::End { bytes: self.bytes, digest })
+    }
+}
+
+impl io::Write for Blocks<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let space = DIGEST_BLOCK - self.buffer.len();
+        let (taken, _) = bytes.split_at(bytes.len().min(space));
+        self.buffer.extend_from_slice(taken);
+        if self.buffer.len() == DIGEST_BLOCK {
+            self.flush_block().map_err(io::Error::other)?;
+        }
+        Ok(taken.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn send(events: &Sender<Event>, event: Event) -> Result<()> {
+    events.blocking_send(event).map_err(|_| Error::unavailable("the store takes no more of this file"))
+}
+
+fn out_of_order() -> Error {
+    Error::internal("the encoder's files came out of order")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use towline_core::DType;
+
+    fn metas(lengths: &[usize]) -> Vec<TensorMeta> {
+        let meta = |(index, &length)| TensorMeta::new(format!("t{index}"), DType::U8, [length]).unwrap();
+        lengths.iter().enumerate().map(meta).collect()
+    }
+
+    #[test]
+    fn tensors_are_cut_into_runs() {
+        assert_eq!(cut(&metas(&[3, 3, 3, 9, 1]), 6), [0..2, 2..3, 3..4, 4..5]);
+        assert!(matches!(cut(&[], 6)[..], [Range { start: 0, end: 0 }]));
+        let entry = |meta: TensorMeta, file| TensorEntry::new(&meta, TensorDigest::of(b""), file);
+        let entries = |files: [usize; 3]| {
+            metas(&[1, 1, 1]).into_iter().zip(files).map(|(meta, file)| entry(meta, file)).collect::<Vec<_>>()
+        };
+        assert_eq!(cut_like(&entries([0, 0, 1])), Some(vec![0..2, 2..3]));
+        assert_eq!(cut_like(&entries([0, 1, 0])), None);
+        assert_eq!(cut_like(&[]), None);
+    }
+}

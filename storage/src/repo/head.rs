@@ -1,0 +1,251 @@
+//! `head.json`: what exists, and who may write. This file alone knows its form. Replacing it is the commit.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use towline_core::{Error, ErrorKind, JobId, ObjectKey, PutMode, Result, SessionId, Version, WriteId};
+
+use super::info::{SnapshotInfo, Wanted};
+use super::ops::{Budget, Ops, may_have_landed};
+use crate::random::{now_ms, random};
+
+/// The version of the stored form that is written. Readers take this one and refuse newer ones.
+const HEAD_VERSION: u32 = 1;
+/// The largest head that is read, in bytes: about a hundred thousand snapshots.
+pub const MAX_HEAD: u64 = 64 << 20;
+
+/// The state of a job.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Head {
+    version: u32,
+    job: JobId,
+    /// The writer that may commit.
+    pub(super) fence: Fence,
+    /// The attempt that wrote this head: no two are equal.
+    write_id: WriteId,
+    /// The number of the next snapshot. It never falls.
+    pub(super) next_seq: u64,
+    updated_ms: u64,
+    /// Everything that exists, by number.
+    pub(super) live: Vec<SnapshotInfo>,
+}
+
+/// Who may commit.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Fence {
+    /// Grows with every writer.
+    pub(super) epoch: u64,
+    /// Whose it is.
+    pub(super) session: SessionId,
+    /// The opening of this writer, told apart from every other, also of the same session.
+    pub(super) opening: WriteId,
+}
+
+impl Head {
+    /// The head after a writer has opened the job.
+    pub(super) fn opened(old: Option<Self>, job: &JobId, session: &SessionId, opening: &WriteId) -> Self {
+        let epoch = old.as_ref().map_or(0, |head| head.fence.epoch) + 1;
+        let fence = Fence { epoch, session: session.clone(), opening: opening.clone() };
+        let (next_seq, live) = old.map_or((1, Vec::new()), |head| (head.next_seq, head.live));
+        Self {
+            version: HEAD_VERSION,
+            job: job.clone(),
+            fence,
+            write_id: opening.clone(),
+            next_seq,
+            updated_ms: 0,
+            live,
+        }
+    }
+
+    /// # Errors
+    /// `Fenced`, naming who has opened the job since.
+    pub(super) fn check_fence(&self, mine: &Fence) -> Result<()> {
+        if self.fence == *mine {
+            return Ok(());
+        }
+        let Fence { epoch, session, .. } = &self.fence;
+        Err(Error::fenced(format!(
+            "session {session} has opened job {} with epoch {epoch}; this writer is session {} with epoch {}",
+            self.job, mine.session, mine.epoch
+        ))
+        .with_help("stop this trainer, or open a new writer to take the job back"))
+    }
+
+    /// Parses stored bytes of `job` and checks what they say of themselves.
+    fn parse(bytes: &[u8], job: &JobId) -> Result<Self> {
+        let bad = |why: &str| {
+            Error::corrupt(format!("head of job {job}: {why}")).with_help("restore head.json from a copy")
+        };
+        #[derive(Deserialize)]
+        struct Versioned {
+            version: u32,
+        }
+        let Versioned { version } = serde_json::from_slice(bytes)
+            .map_err(|error| bad("no JSON with a version").with_source(error))?;
+        if version != HEAD_VERSION {
+            return Err(Error::unsupported(format!(
+                "head of job {job}: version {version} is stored, version {HEAD_VERSION} is known"
+            ))
+            .with_help("upgrade Towline"));
+        }
+        let head: Self =
+            serde_json::from_slice(bytes).map_err(|error| bad("not of this form").with_source(error))?;
+        head.check(job).map_err(|why| bad(&why))?;
+        Ok(head)
+    }
+
+    fn check(&self, job: &JobId) -> Result<(), String> {
+        if self.job != *job {
+            return Err(format!("it is the head of job {}", self.job));
+        }
+        if self.fence.epoch == 0 {
+            return Err("epoch 0 is no writer's".into());
+        }
+        let mut last = 0;
+        let mut dirs = BTreeSet::new();
+        for info in &self.live {
+            if info.seq <= last || info.seq >= self.next_seq {
+                return Err(format!("number {} behind {last}, below {}", info.seq, self.next_seq));
+            }
+            last = info.seq;
+            let folder = format!("{}/{:08}-{}-", Wanted::class(info.kind).folder(), info.seq, info.name);
+            if !info.dir.as_str().starts_with(&folder) || !dirs.insert(&info.dir) {
+                return Err(format!("{} lies in `{}`", info.id, info.dir));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where a job's head is, and how it is read and replaced.
+#[derive(Debug, Clone)]
+pub(super) struct HeadObject {
+    ops: Ops,
+    job: JobId,
+    key: ObjectKey,
+}
+
+impl HeadObject {
+    pub(super) fn new(ops: Ops, job: JobId) -> Result<Self> {
+        let key = ObjectKey::new(format!("{job}/head.json"))?;
+        Ok(Self { ops, job, key })
+    }
+
+    /// The head; `None` if the job does not exist.
+    pub(super) async fn read(&self) -> Result<Option<Head>> {
+        Ok(self.read_version().await?.map(|(head, _)| head))
+    }
+
+    /// The version is asked for first: if the head is replaced in between, the version is too old and the
+    /// compare-and-swap fails, never the other way round.
+    async fn read_version(&self) -> Result<Option<(Head, Version)>> {
+        let info = match self.ops.head(&self.key).await {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            info => info?,
+        };
+        if info.size > MAX_HEAD {
+            return Err(Error::corrupt(format!(
+                "head of job {}: {} bytes, at most {MAX_HEAD} are read",
+                self.job, info.size
+            ))
+            .with_help("restore head.json from a copy"));
+        }
+        let bytes = self.ops.get(&self.key, Some(0..MAX_HEAD + 1)).await?;
+        Ok(Some((Head::parse(&bytes, &self.job)?, info.version)))
+    }
+
+    /// Replaces the head by what `change` makes of it. `done` finds the effect in a head that was read back, for a
+    /// write that took effect although it answered with an error, and even if another writer has followed since.
+    pub(super) async fn replace<T>(
+        &self,
+        mut change: impl FnMut(Option<Head>) -> Result<Head> + Send,
+        done: impl Fn(&Head) -> Option<T> + Send + Sync,
+    ) -> Result<T> {
+        let mut budget = Budget::new(self.ops.deadline());
+        let mut failed: Option<Error> = None;
+        loop {
+            let current = self.read_version().await?;
+            if let Some(error) = failed.take() {
+                // Mine: success. Another's: `change` decides. Nothing: once more, within the budget.
+                if let Some(effect) = current.as_ref().and_then(|(head, _)| done(head)) {
+                    return Ok(effect);
+                }
+                budget.pause(error).await?;
+            }
+            let (head, mode) = match current {
+                Some((head, version)) => (Some(head), PutMode::Update(version)),
+                None => (None, PutMode::Create),
+            };
+            let mut next = change(head)?;
+            next.write_id = WriteId::from_random(random().to_be_bytes());
+            next.updated_ms = now_ms();
+            let body = serde_json::to_vec_pretty(&next).map_err(|error| {
+                Error::internal(format!("the head of job {} could not be written", self.job))
+                    .with_source(error)
+            })?;
+            match self.ops.put(&self.key, Bytes::from(body), mode).await {
+                Ok(_) => {
+                    return done(&next)
+                        .ok_or_else(|| Error::internal("a change of the head left no trace in it"));
+                }
+                Err(error) if may_have_landed(&error) => failed = Some(error),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example() -> Head {
+        let job = JobId::new("job").unwrap();
+        let opening = WriteId::from_random([1; 8]);
+        Head::opened(None, &job, &SessionId::from_random([1; 4]), &opening)
+    }
+
+    #[test]
+    fn a_head_goes_round_and_says_what_is_wrong() {
+        let job = JobId::new("job").unwrap();
+        let bytes = serde_json::to_vec(&example()).unwrap();
+        assert_eq!(Head::parse(&bytes, &job).unwrap(), example());
+        for length in 0..bytes.len() {
+            assert_eq!(Head::parse(&bytes[..length], &job).unwrap_err().kind(), ErrorKind::Corrupt);
+        }
+        assert!(Head::parse(&bytes, &JobId::new("other").unwrap()).is_err());
+        let text = String::from_utf8(bytes).unwrap();
+        let newer = text.replace("\"version\":1", "\"version\":2");
+        assert_eq!(Head::parse(newer.as_bytes(), &job).unwrap_err().kind(), ErrorKind::Unsupported);
+        let odd = text.replace("\"next_seq\":1", "\"next_seq\":1,\"more\":1");
+        assert_eq!(Head::parse(odd.as_bytes(), &job).unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn altered_heads_are_errors_or_heads(at in 0usize..400, byte: u8, cut in 0usize..400) {
+            let job = JobId::new("job").unwrap();
+            let mut bytes = serde_json::to_vec(&example()).unwrap();
+            let at = at % bytes.len();
+            bytes[at] = byte;
+            bytes.drain(cut.min(bytes.len())..(cut + 3).min(bytes.len()));
+            if let Ok(head) = Head::parse(&bytes, &job) {
+                proptest::prop_assert_eq!(Head::parse(&serde_json::to_vec(&head).unwrap(), &job).unwrap(), head);
+            }
+        }
+    }
+
+    #[test]
+    fn a_second_opening_fences_the_first_even_of_the_same_session() {
+        let first = example();
+        let opening = WriteId::from_random([2; 8]);
+        let second = Head::opened(Some(first.clone()), &first.job, &first.fence.session, &opening);
+        assert_eq!(second.fence.epoch, 2);
+        assert!(first.check_fence(&first.fence).is_ok());
+        assert_eq!(second.check_fence(&first.fence).unwrap_err().kind(), ErrorKind::Fenced);
+    }
+}

@@ -1,0 +1,80 @@
+//! What the head knows of a snapshot.
+
+use serde::{Deserialize, Serialize};
+use towline_core::{CodecId, ManifestDigest, ObjectKey, SnapshotId, SnapshotKind, SnapshotName};
+
+/// A stored snapshot or train state, as the job's head lists it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct SnapshotInfo {
+    /// Its number within the job, never used twice.
+    pub seq: u64,
+    /// What it is.
+    pub kind: SnapshotKind,
+    /// The caller's name.
+    pub name: SnapshotName,
+    /// Identity and content digest.
+    pub id: SnapshotId,
+    /// For a delta: what it must be applied to.
+    pub parent: Option<SnapshotId>,
+    /// Its folder, below the job's.
+    pub dir: ObjectKey,
+    /// The digest of its manifest.
+    pub manifest: ManifestDigest,
+    /// Milliseconds since 1970 when it was written, by the writer's clock.
+    pub created_ms: u64,
+    /// Milliseconds since 1970 when it expires; `None` for never.
+    pub expires_ms: Option<u64>,
+    /// Optimizer steps done.
+    pub step: Option<u64>,
+    /// Bytes of its files, without the manifest.
+    pub stored_bytes: u64,
+    /// Bytes of its tensors when they are plain.
+    pub full_bytes: u64,
+    /// How its tensors are encoded; `None` for plain safetensors.
+    pub codec: Option<CodecId>,
+}
+
+/// Which of a job's snapshots are looked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "a snapshot is for samplers or for trainers")]
+pub enum Wanted {
+    /// Weights for samplers: everything but train states.
+    Sampler,
+    /// Train states.
+    State,
+    /// Both.
+    Any,
+}
+
+impl Wanted {
+    /// Whether snapshots of `kind` are among them.
+    #[must_use]
+    pub fn takes(self, kind: SnapshotKind) -> bool {
+        match self {
+            Self::Any => true,
+            Self::State => kind == SnapshotKind::State,
+            Self::Sampler => kind != SnapshotKind::State,
+        }
+    }
+
+    /// The class that `kind` belongs to.
+    pub(super) fn class(kind: SnapshotKind) -> Self {
+        if kind == SnapshotKind::State { Self::State } else { Self::Sampler }
+    }
+
+    /// The folder of the class below the job's.
+    pub(super) fn folder(self) -> &'static str {
+        if self == Self::State { "states" } else { "snapshots" }
+    }
+
+    /// What to call one of them.
+    pub(super) fn noun(self) -> &'static str {
+        match self {
+            Self::Sampler => "snapshot",
+            Self::State => "train state",
+            Self::Any => "snapshot or train state",
+        }
+    }
+}

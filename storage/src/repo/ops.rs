@@ -1,0 +1,164 @@
+//! Operations on the store with a deadline, and the retries that are safe.
+
+use std::fmt::Display;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use towline_core::{
+    Error, ErrorKind, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result, SnapshotStore, Version,
+};
+
+use crate::random::jitter;
+
+/// How long one operation on the store may take unless the caller says otherwise.
+pub(super) const DEADLINE: Duration = Duration::from_secs(600);
+
+/// A store whose every wait ends.
+#[derive(Debug, Clone)]
+pub(super) struct Ops {
+    store: Arc<dyn SnapshotStore>,
+    deadline: Duration,
+}
+
+impl Ops {
+    pub(super) fn new(store: Arc<dyn SnapshotStore>) -> Self {
+        Self { store, deadline: DEADLINE }
+    }
+
+    pub(super) fn with_deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    pub(super) fn deadline(&self) -> Duration {
+        self.deadline
+    }
+
+    pub(super) async fn get(&self, key: &ObjectKey, range: Option<Range<u64>>) -> Result<Bytes> {
+        let mut budget = Budget::new(self.deadline);
+        loop {
+            match self.within(key, self.store.get(key, range.clone())).await {
+                Err(error) if error.is_retryable() => budget.pause(error).await?,
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// Fills `buffer` from byte `start`; see [`SnapshotStore::read_into`].
+    pub(super) async fn read_into(&self, key: &ObjectKey, start: u64, buffer: BytesMut) -> Result<BytesMut> {
+        let mut budget = Budget::new(self.deadline);
+        let mut buffer = buffer;
+        loop {
+            let length = buffer.len();
+            match self.within(key, self.store.read_into(key, start, buffer)).await {
+                // The failed call took the buffer with it.
+                Err(error) if error.is_retryable() => {
+                    budget.pause(error).await?;
+                    buffer = BytesMut::zeroed(length);
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    pub(super) async fn head(&self, key: &ObjectKey) -> Result<ObjectInfo> {
+        let mut budget = Budget::new(self.deadline);
+        loop {
+            match self.within(key, self.store.head(key)).await {
+                Err(error) if error.is_retryable() => budget.pause(error).await?,
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// One attempt: only the caller knows what a retry would mean.
+    pub(super) async fn put(&self, key: &ObjectKey, body: Bytes, mode: PutMode) -> Result<Version> {
+        self.within(key, self.store.put(key, body, mode)).await
+    }
+
+    /// Creates an object that nobody else would write like this: one that is there already, equal to the last
+    /// byte, is an earlier attempt of this call whose answer was lost.
+    pub(super) async fn create(&self, key: &ObjectKey, body: &Bytes) -> Result<()> {
+        let mut budget = Budget::new(self.deadline);
+        loop {
+            let error = match self.put(key, body.clone(), PutMode::Create).await {
+                Ok(_) => return Ok(()),
+                Err(error) if may_have_landed(&error) => error,
+                Err(error) => return Err(error),
+            };
+            match self.get(key, None).await {
+                Ok(found) if found == *body => return Ok(()),
+                Ok(_) => return Err(error),
+                Err(missing) if missing.kind() == ErrorKind::NotFound => budget.pause(error).await?,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    pub(super) async fn writer(&self, key: &ObjectKey) -> Result<Box<dyn ObjectWriter>> {
+        self.within(key, self.store.writer(key)).await
+    }
+
+    /// Ends `operation` on `what` at the deadline.
+    pub(super) async fn within<T>(
+        &self,
+        what: impl Display,
+        operation: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        match tokio::time::timeout(self.deadline, operation).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(Error::timed_out(format!(
+                "`{what}`: the store did not answer within {} s",
+                self.deadline.as_secs_f32()
+            ))
+            .with_help("check the store and the network, or set a longer deadline")),
+        }
+    }
+}
+
+/// Whether a conditional write that answered with `error` may have taken effect all the same.
+pub(super) fn may_have_landed(error: &Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::AlreadyExists | ErrorKind::Conflict | ErrorKind::Unavailable | ErrorKind::TimedOut
+    )
+}
+
+/// Attempts with growing pauses of random length, and an end.
+#[derive(Debug)]
+pub(super) struct Budget {
+    /// Attempts that may still meet a fault of the store.
+    faults: u32,
+    /// Attempts that may still lose against others, who have got further meanwhile.
+    races: u32,
+    pause: Duration,
+    until: Instant,
+}
+
+impl Budget {
+    pub(super) fn new(deadline: Duration) -> Self {
+        Self { faults: 8, races: 100, pause: Duration::from_millis(20), until: Instant::now() + deadline }
+    }
+
+    /// Waits before the next attempt.
+    ///
+    /// # Errors
+    /// `error`, once the budget is spent.
+    pub(super) async fn pause(&mut self, error: Error) -> Result<()> {
+        let race = matches!(error.kind(), ErrorKind::Conflict | ErrorKind::AlreadyExists);
+        let (left, longest) = if race {
+            (&mut self.races, Duration::from_millis(200))
+        } else {
+            (&mut self.faults, Duration::from_secs(2))
+        };
+        if *left == 0 || Instant::now() >= self.until {
+            return Err(error);
+        }
+        *left -= 1;
+        tokio::time::sleep(jitter(self.pause.min(longest))).await;
+        self.pause = (self.pause * 2).min(Duration::from_secs(2));
+        Ok(())
+    }
+}

@@ -1,0 +1,356 @@
+//! The one writer of a job: data first, then the manifest, then the head.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::Mutex;
+use towline_core::{
+    BaseRef, Codec, Error, FileEntry, Manifest, ManifestHead, Mode, ObjectKey, ParentRef, Result, SessionId,
+    SnapshotIdentity, SnapshotKind, SnapshotName, SnapshotRef, TensorDigest, TensorSource, WriteId,
+    same_tensors,
+};
+
+use super::SnapshotRepo;
+use super::chain::MAX_DEPTH;
+use super::files::{INDEX, Work, Written, cut, cut_like, index_json, model_names, write_files};
+use super::head::{Fence, Head, HeadObject};
+use super::info::{SnapshotInfo, Wanted};
+use super::publish::{Publish, SaveTrainState};
+use crate::random::{now_ms, random};
+use crate::shard::check_mode;
+
+/// The writer of a job until another one opens it. Its calls follow one another.
+///
+/// A call that is dropped leaves either nothing visible or the whole snapshot.
+#[derive(Debug)]
+pub struct Writer {
+    repo: SnapshotRepo,
+    head: HeadObject,
+    fence: Fence,
+    /// The lowest number that no commit of this writer has tried. A call that was dropped or timed out may still
+    /// land: its number is not tried again.
+    turn: Mutex<u64>,
+}
+
+impl SnapshotRepo {
+    /// Opens the job for writing and makes it if it does not exist. Whoever wrote before is fenced: its next call
+    /// fails, and nothing of it becomes visible any more.
+    ///
+    /// # Errors
+    /// What the store answers; `Corrupt` for a damaged head.
+    pub async fn writer(&self, session: SessionId) -> Result<Writer> {
+        let head = self.head_object()?;
+        let opening = WriteId::from_random(random().to_be_bytes());
+        let open = |old| Ok(Head::opened(old, &self.job, &session, &opening));
+        let opened = |head: &Head| (head.fence.opening == opening).then(|| head.fence.clone());
+        let fence = head.replace(open, opened).await?;
+        Ok(Writer { repo: self.clone(), head, fence, turn: Mutex::default() })
+    }
+}
+
+impl Writer {
+    /// Whose writer it is.
+    #[must_use]
+    pub fn session(&self) -> &SessionId {
+        &self.fence.session
+    }
+
+    /// The repo that it writes to.
+    #[must_use]
+    pub fn repo(&self) -> &SnapshotRepo {
+        &self.repo
+    }
+
+    /// Its fence number, from 1.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.fence.epoch
+    }
+
+    /// Publishes a snapshot. When this returns it is durable and visible.
+    ///
+    /// # Errors
+    /// * `AlreadyExists` at once if a snapshot for samplers has this identity;
+    /// * `Fenced` if another writer has opened the job;
+    /// * `ChainMismatch` if the parent's weights are not those of the named parent; nothing is committed;
+    /// * `NotFound` if the parent is gone; `Invalid` for a delta without parent or codec and the like;
+    /// * `Unsupported` if the codec cannot write this kind;
+    /// * `Unavailable` or `TimedOut` if the store fails; if that happens to the very last step, it may have taken
+    ///   effect: look for it before publishing again.
+    pub async fn publish(&self, publish: Publish) -> Result<SnapshotRef> {
+        let Publish { name, kind, weights, parent, codec, files, step, ttl, metadata } = publish;
+        let delta = kind == SnapshotKind::Delta;
+        if kind == SnapshotKind::State {
+            return Err(Error::invalid(format!("`{name}`: a train state is not published"))
+                .with_help("save it as a train state"));
+        }
+        if delta != parent.is_some() || (delta && codec.is_none()) {
+            return Err(Error::invalid(format!(
+                "`{name}`: a {kind} with parent: {}, codec: {}",
+                parent.is_some(),
+                codec.is_some()
+            ))
+            .with_help("give a delta a parent and a codec, and a parent to nothing else"));
+        }
+        if let Some(codec) = &codec {
+            check_mode(codec, if delta { Mode::Delta } else { Mode::Base })?;
+        }
+        check_paths(&name, &files)?;
+        let save = Save {
+            name,
+            kind,
+            weights,
+            parent,
+            codec,
+            files,
+            step,
+            ttl,
+            metadata,
+            sections: serde_json::Map::new(),
+        };
+        let (info, manifest) = Box::pin(self.save(save)).await?;
+        Ok(self.repo.reference(&info, &manifest))
+    }
+
+    /// Saves a train state. When this returns it is durable and visible.
+    ///
+    /// # Errors
+    /// `AlreadyExists` at once if a train state has this name; else as [`Writer::publish`].
+    pub async fn save_state(&self, state: SaveTrainState) -> Result<SnapshotInfo> {
+        let SaveTrainState { name, tensors, step, ttl, sections } = state;
+        let save = Save {
+            name,
+            kind: SnapshotKind::State,
+            weights: tensors,
+            parent: None,
+            codec: None,
+            files: Vec::new(),
+            step,
+            ttl,
+            metadata: BTreeMap::new(),
+            sections,
+        };
+        Ok(Box::pin(self.save(save)).await?.0)
+    }
+
+    async fn save(&self, save: Save) -> Result<(SnapshotInfo, Manifest)> {
+        let mut lowest = self.turn.lock().await;
+        let head = self.head.read().await?.ok_or_else(|| {
+            Error::corrupt(format!("the head of job {} is gone", self.repo.job))
+                .with_help("restore head.json from a copy")
+        })?;
+        self.check(&head, &save)?;
+        let seq = head.next_seq.max(*lowest);
+        let write_id = WriteId::from_random(random().to_be_bytes());
+        let class = Wanted::class(save.kind);
+        let dir = ObjectKey::new(format!("{}/{seq:08}-{}-{write_id}", class.folder(), save.name))?;
+        let folder = ObjectKey::new(format!("{}/{dir}", self.repo.job))?;
+
+        let lineage = self.lineage(&save).await?;
+        let shards = self.shards(&save, lineage.as_ref().map(|(_, _, manifest)| manifest));
+        let work = Work {
+            weights: Arc::clone(&save.weights),
+            parent: save.parent.as_ref().map(|(_, weights)| Arc::clone(weights)),
+            codec: save.codec.clone(),
+            limits: self.repo.limits,
+            shards,
+        };
+        let Written { mut files, tensors, raw_bytes, changed, parent } =
+            write_files(&self.repo.ops, &folder, work).await?;
+        if let Some((named, _)) = &save.parent
+            && parent != Some(named.id.digest)
+        {
+            let found = parent.map_or("none".into(), |digest| digest.to_string());
+            return Err(Error::chain_mismatch(format!(
+                "the weights given as parent {} have content digest {found}, it has {}",
+                named.id, named.id.digest
+            ))
+            .with_help("publish a base"));
+        }
+        let mut extra = save.files.clone();
+        if class == Wanted::Sampler && save.codec.is_none() {
+            let path = |file: usize| files.get(file).map_or("", |file| file.path.as_str());
+            let places = tensors.iter().map(|tensor| (tensor.name.as_str(), path(tensor.file)));
+            extra.push((INDEX.to_owned(), index_json(raw_bytes, places)?));
+        }
+        for (path, body) in extra {
+            self.repo.ops.create(&folder.join(&path)?, &body).await?;
+            files.push(FileEntry::new(path, body.len() as u64, TensorDigest::of(&body), false));
+        }
+
+        let created_ms = now_ms();
+        let start = ManifestHead {
+            kind: save.kind,
+            name: save.name.clone(),
+            job: self.repo.job.clone(),
+            session: self.fence.session.clone(),
+            seq,
+            epoch: self.fence.epoch,
+            write_id,
+            created_ms,
+        };
+        let mut manifest = Manifest::new(start, files, tensors);
+        manifest.step = save.step;
+        manifest.expires_ms = save.ttl.map(|ttl| created_ms.saturating_add(whole_ms(ttl)));
+        manifest.codec = save.codec.as_ref().map(|codec| codec.id());
+        manifest.changed = Some(changed);
+        manifest.metadata = save.metadata.clone();
+        manifest.sections = save.sections.clone();
+        if let Some((parent, base, _)) = lineage {
+            (manifest.parent, manifest.base) = (Some(parent), Some(base));
+        }
+        let (bytes, digest) = manifest.to_bytes()?;
+        self.repo.ops.create(&folder.join("manifest.json")?, &Bytes::from(bytes)).await?;
+
+        let info = SnapshotInfo {
+            seq,
+            kind: save.kind,
+            name: save.name.clone(),
+            id: manifest.id(),
+            parent: save.parent.as_ref().map(|(parent, _)| parent.id.clone()),
+            dir,
+            manifest: digest,
+            created_ms,
+            expires_ms: manifest.expires_ms,
+            step: save.step,
+            stored_bytes: manifest.files.iter().map(|file| file.bytes).sum(),
+            full_bytes: raw_bytes,
+            codec: manifest.codec.clone(),
+        };
+        *lowest = seq + 1;
+        self.commit(&save, &info).await?;
+        Ok((info, manifest))
+    }
+
+    /// The compare-and-swap of the head that makes `info` exist.
+    async fn commit(&self, save: &Save, info: &SnapshotInfo) -> Result<()> {
+        let add = |head: Option<Head>| {
+            let mut head = head.ok_or_else(|| {
+                Error::corrupt(format!("the head of job {} is gone", self.repo.job))
+                    .with_help("restore head.json from a copy")
+            })?;
+            self.check(&head, save)?;
+            if head.next_seq > info.seq {
+                return Err(Error::conflict(format!(
+                    "number {} was given away: the next one is {}",
+                    info.seq, head.next_seq
+                ))
+                .with_help("publish again"));
+            }
+            head.next_seq = info.seq + 1;
+            head.live.push(info.clone());
+            Ok(head)
+        };
+        self.head.replace(add, |head| head.live.iter().rev().find(|live| **live == *info).map(|_| ())).await
+    }
+
+    /// Whether `save` may be committed to `head`.
+    fn check(&self, head: &Head, save: &Save) -> Result<()> {
+        head.check_fence(&self.fence)?;
+        let class = Wanted::class(save.kind);
+        let identity = SnapshotIdentity::of(&save.name, &self.fence.session);
+        let taken = head.live.iter().find(|info| {
+            class.takes(info.kind)
+                && if class == Wanted::State { info.name == save.name } else { info.id.identity == identity }
+        });
+        if let Some(info) = taken {
+            return Err(Error::already_exists(format!(
+                "job {} has a {} called {} with number {}",
+                self.repo.job,
+                class.noun(),
+                info.id,
+                info.seq
+            ))
+            .with_help("choose another name"));
+        }
+        match &save.parent {
+            Some((parent, _))
+                if !head.live.iter().any(|info| info.id == parent.id && info.seq == parent.seq) =>
+            {
+                Err(Error::not_found(format!("parent {} does not exist in job {}", parent.id, self.repo.job))
+                    .with_help("publish a base"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Parent, base and the parent's manifest, for a delta.
+    async fn lineage(&self, save: &Save) -> Result<Option<(ParentRef, BaseRef, Manifest)>> {
+        let Some((parent, weights)) = &save.parent else { return Ok(None) };
+        if parent.kind == SnapshotKind::State {
+            return Err(
+                Error::invalid(format!("parent {} is a train state", parent.id)).with_help("publish a base")
+            );
+        }
+        same_tensors(weights.tensors(), save.weights.tensors()).map_err(|error| {
+            error.context("the weights do not fit their parent").with_help("publish a base")
+        })?;
+        let manifest = self.repo.manifest(parent).await?;
+        let base = match &manifest.base {
+            None => BaseRef::new(parent.seq, parent.id.clone(), 1),
+            Some(base) => BaseRef::new(base.seq, base.id.clone(), base.depth.saturating_add(1)),
+        };
+        if base.depth > MAX_DEPTH {
+            return Err(Error::invalid(format!(
+                "`{}` would be delta {} on base {}: at most {MAX_DEPTH} are allowed",
+                save.name, base.depth, base.id
+            ))
+            .with_help("publish a base"));
+        }
+        Ok(Some((ParentRef::new(parent.seq, parent.id.clone()), base, manifest)))
+    }
+
+    fn shards(&self, save: &Save, parent: Option<&Manifest>) -> Vec<(String, std::ops::Range<usize>)> {
+        let tensors = save.weights.tensors();
+        let like_parent = parent
+            .filter(|parent| parent.tensors.len() == tensors.len())
+            .and_then(|parent| cut_like(&parent.tensors));
+        let runs = like_parent.unwrap_or_else(|| cut(tensors, self.repo.shard_bytes));
+        if save.kind == SnapshotKind::State {
+            return runs
+                .into_iter()
+                .enumerate()
+                .map(|(number, run)| (format!("rank-0-{number}.safetensors"), run))
+                .collect();
+        }
+        model_names(runs, save.codec.as_deref())
+    }
+}
+
+/// What both kinds of saves come down to.
+struct Save {
+    name: SnapshotName,
+    kind: SnapshotKind,
+    weights: Arc<dyn TensorSource>,
+    parent: Option<(SnapshotInfo, Arc<dyn TensorSource>)>,
+    codec: Option<Arc<dyn Codec>>,
+    files: Vec<(String, Bytes)>,
+    step: Option<u64>,
+    ttl: Option<Duration>,
+    metadata: BTreeMap<String, String>,
+    sections: serde_json::Map<String, serde_json::Value>,
+}
+
+fn whole_ms(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Passed-through files lie beside ours and must not take their names.
+fn check_paths(name: &SnapshotName, files: &[(String, Bytes)]) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    for (path, _) in files {
+        let ours = matches!(path.as_str(), "manifest.json" | INDEX)
+            || path.starts_with("model-") && (path.ends_with(".safetensors") || path.ends_with(".towline"));
+        if ours || !seen.insert(path) {
+            return Err(Error::invalid(format!(
+                "`{name}`: the file name `{}` is taken",
+                path.escape_debug()
+            ))
+            .with_help("leave out what the snapshot writes itself, and name each file once"));
+        }
+        ObjectKey::new(path.as_str())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,206 @@
+//! Weights, a codec and stores for the tests.
+#![allow(unreachable_pub, reason = "a module of a test has no crate to be seen from")]
+#![allow(dead_code, reason = "each test takes what it needs")]
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use towline_core::testing::XorCodec;
+use towline_core::{
+    BoxStream, Codec, CodecId, DType, Error, ErrorKind, Framing, JobId, Mode, Modes, ObjectInfo, ObjectKey,
+    ObjectWriter, PutMode, Result, SessionId, SnapshotName, SnapshotStore, TensorMeta, Unit, UnitMeta,
+    Version, Weights, async_trait,
+};
+use towline_storage::{SnapshotInfo, SnapshotRepo, Wanted};
+
+/// Weights that depend on nothing but `text`: several types, sizes below and above a block of [`XorCodec`], an
+/// empty tensor. A third of them is the same for every text.
+pub fn weights(text: &str) -> Weights {
+    let shapes: [(&str, DType, &[usize]); 9] = [
+        ("embed", DType::BF16, &[70, 32]),
+        ("empty", DType::F32, &[0, 4]),
+        ("layer.0.attn", DType::BF16, &[32, 32]),
+        ("layer.0.mlp", DType::F32, &[40, 32]),
+        ("layer.1.attn", DType::BF16, &[32, 32]),
+        ("layer.1.mlp", DType::F32, &[40, 32]),
+        ("norm", DType::F16, &[32]),
+        ("packed", DType::F4, &[32, 4]),
+        ("scale", DType::F64, &[]),
+    ];
+    Weights::new(shapes.into_iter().enumerate().map(|(index, (name, dtype, shape))| {
+        let meta = TensorMeta::new(name, dtype, shape).unwrap();
+        let seed = if index % 3 == 0 { "same" } else { text };
+        let data = noise(&format!("{name} {seed}"), meta.byte_len());
+        (meta, data)
+    }))
+    .unwrap()
+}
+
+pub fn noise(seed: &str, length: usize) -> Bytes {
+    let mut state = seed.bytes().fold(0x9e37_79b9_7f4a_7c15_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3).rotate_left(7)
+    });
+    (0..length)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 32) as u8
+        })
+        .collect()
+}
+
+pub fn shared(text: &str) -> Arc<Weights> {
+    Arc::new(weights(text))
+}
+
+pub fn name(text: &str) -> SnapshotName {
+    SnapshotName::new(text).unwrap()
+}
+
+pub fn session(number: u8) -> SessionId {
+    SessionId::from_random([0, 0, 0, number])
+}
+
+pub fn key(text: &str) -> ObjectKey {
+    ObjectKey::new(text).unwrap()
+}
+
+/// Files of at most 6000 plain bytes, so that there are several, and pauses that end soon.
+pub fn repo(store: Arc<dyn SnapshotStore>) -> SnapshotRepo {
+    let codecs: Vec<Arc<dyn Codec>> = vec![Arc::new(XorCodec), Arc::new(MaskCodec)];
+    SnapshotRepo::new(store, JobId::new("job").unwrap(), codecs)
+        .with_shard_bytes(6000)
+        .with_deadline(Duration::from_secs(20))
+}
+
+pub async fn find(repo: &SnapshotRepo, name: &str) -> SnapshotInfo {
+    repo.find(name, Wanted::Any).await.unwrap()
+}
+
+/// XOR in the safetensors form: whole tensors, deltas only, with a checksum, as the public formats.
+#[derive(Debug)]
+pub struct MaskCodec;
+
+impl Codec for MaskCodec {
+    fn id(&self) -> CodecId {
+        CodecId::of("test-mask")
+    }
+    fn unit(&self) -> Unit {
+        Unit::Whole
+    }
+    fn modes(&self) -> Modes {
+        Modes::Delta
+    }
+    fn framing(&self) -> Framing {
+        Framing::Safetensors
+    }
+    fn encode(
+        &self,
+        unit: &UnitMeta<'_>,
+        parent: Option<&[u8]>,
+        current: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
+        let parent = unit.parent(parent)?;
+        out.push(b'M');
+        out.extend(current.iter().zip(parent).map(|(new, old)| new ^ old));
+        Ok(())
+    }
+    fn decode(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8]) -> Result<()> {
+        unit.check_mode(mode, self.modes())?;
+        match encoded {
+            [b'M', mask @ ..] if mask.len() == target.len() => {
+                target.iter_mut().zip(mask).for_each(|(byte, mask)| *byte ^= mask);
+                Ok(())
+            }
+            _ => Err(Error::corrupt(format!("wanted {} bytes behind an M", target.len()))),
+        }
+    }
+    fn checksum(&self, current: &[u8]) -> Option<u32> {
+        Some(current.iter().fold(1, |sum: u32, byte| sum.wrapping_mul(31).wrapping_add(u32::from(*byte))))
+    }
+}
+
+/// What happens to the next writes of `head.json`, one after the other; afterwards nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// It takes effect and answers with this error.
+    Lost(ErrorKind),
+    /// It has no effect and answers with this error.
+    Refused(ErrorKind),
+    /// It answers `TimedOut` and takes effect a while later.
+    Late(Duration),
+    /// It never answers.
+    Hangs,
+}
+
+/// A store whose head is hard to write.
+#[derive(Debug)]
+pub struct Faulty {
+    pub inner: Arc<dyn SnapshotStore>,
+    pub faults: Mutex<VecDeque<Fault>>,
+}
+
+impl Faulty {
+    pub fn new(inner: Arc<dyn SnapshotStore>) -> Arc<Self> {
+        Arc::new(Self { inner, faults: Mutex::default() })
+    }
+
+    pub fn next(&self, faults: &[Fault]) {
+        *self.faults.lock().unwrap() = faults.iter().copied().collect();
+    }
+
+    pub fn left(&self) -> usize {
+        self.faults.lock().unwrap().len()
+    }
+}
+
+#[async_trait]
+impl SnapshotStore for Faulty {
+    async fn put(&self, key: &ObjectKey, body: Bytes, mode: PutMode) -> Result<Version> {
+        let fault = match key.as_str().ends_with("/head.json") {
+            true => self.faults.lock().unwrap().pop_front(),
+            false => None,
+        };
+        let error = |kind| Error::new(kind, "an injected fault");
+        match fault {
+            None => self.inner.put(key, body, mode).await,
+            Some(Fault::Refused(kind)) => Err(error(kind)),
+            Some(Fault::Lost(kind)) => {
+                self.inner.put(key, body, mode).await?;
+                Err(error(kind))
+            }
+            Some(Fault::Late(after)) => {
+                let (inner, key) = (Arc::clone(&self.inner), key.clone());
+                tokio::spawn(async move {
+                    tokio::time::sleep(after).await;
+                    inner.put(&key, body, mode).await
+                });
+                Err(error(ErrorKind::TimedOut))
+            }
+            Some(Fault::Hangs) => std::future::pending().await,
+        }
+    }
+    async fn writer(&self, key: &ObjectKey) -> Result<Box<dyn ObjectWriter>> {
+        self.inner.writer(key).await
+    }
+    async fn get(&self, key: &ObjectKey, range: Option<Range<u64>>) -> Result<Bytes> {
+        self.inner.get(key, range).await
+    }
+    async fn read_into(&self, key: &ObjectKey, start: u64, buffer: BytesMut) -> Result<BytesMut> {
+        self.inner.read_into(key, start, buffer).await
+    }
+    async fn head(&self, key: &ObjectKey) -> Result<ObjectInfo> {
+        self.inner.head(key).await
+    }
+    async fn delete(&self, key: &ObjectKey) -> Result<()> {
+        self.inner.delete(key).await
+    }
+    fn list(&self, prefix: Option<&ObjectKey>) -> BoxStream<'static, Result<ObjectInfo>> {
+        self.inner.list(prefix)
+    }
+}
