@@ -238,7 +238,8 @@ impl Chain {
     }
 
     /// Records that every replica serves `snapshot`. A late word about anything but the last order is ignored,
-    /// and the answer tells whether it counted.
+    /// and the answer tells whether it counted. Pass on only what was seen after the order went out: of a snapshot
+    /// that is ordered for the second time, an older sight is no proof.
     pub fn confirmed(&mut self, snapshot: &SnapshotId) -> bool {
         let ours = matches!(&self.state, State::Ordered(target) if target == snapshot);
         if ours {

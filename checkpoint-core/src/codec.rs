@@ -259,6 +259,6 @@ mod tests {
         let block = Unit::Block(NonZeroUsize::new(24).unwrap());
         assert_eq!(block.ranges(50).collect::<Vec<_>>(), [0..24, 24..48, 48..50]);
         assert_eq!(block.ranges(0).count(), 0);
-        assert_eq!(Unit::Whole.ranges(0).collect::<Vec<_>>(), [0..0]);
+        assert!(Unit::Whole.ranges(0).eq(std::iter::once(0..0)));
     }
 }

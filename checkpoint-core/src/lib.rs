@@ -51,7 +51,9 @@ pub use pending::{Pending, PendingStatus, Resolver, pending};
 pub use reference::{CheckpointRef, TinkerKind};
 pub use secret::Secret;
 pub use snapshot::{CheckpointType, SnapshotId, SnapshotKind, SnapshotRef};
-pub use store::{ObjectInfo, ObjectKey, ObjectWriter, PutMode, SnapshotStore, Version};
+pub use store::{
+    ObjectInfo, ObjectKey, ObjectWriter, PutMode, SnapshotStore, Version, buffered_writer, listing,
+};
 pub use tensor::{TensorMeta, TensorSource, Weights, position, same_tensors};
 pub use training::{
     AdamParams, Batch, Datum, DeltaParents, ExportRequest, ForwardBackward, Loss, OptimStep, SaveState,

@@ -335,7 +335,8 @@ mod tests {
 
     #[test]
     fn what_disagrees_with_itself_is_refused() {
-        let change: &[(&str, fn(&mut Manifest))] = &[
+        type Change = fn(&mut Manifest);
+        let change: &[(&str, Change)] = &[
             ("version", |manifest| manifest.version = 2),
             ("identity", |manifest| manifest.identity = SnapshotIdentity::new("other").unwrap()),
             ("digest", |manifest| manifest.digest = ContentDigest::from_bytes([0; 32])),

@@ -2,12 +2,14 @@
 
 use std::fmt::{self, Debug};
 use std::ops::Range;
+use std::pin::Pin;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use futures_core::stream::BoxStream;
+use futures_core::stream::{BoxStream, Stream};
 use serde::{Deserialize, Serialize};
 
 use crate::id::shown;
@@ -139,6 +141,44 @@ macro_rules! forward {
 }
 forward!(Arc Box);
 
+/// A writer that keeps its parts in memory and puts them as a whole, for [`SnapshotStore::writer`] of stores whose
+/// medium has no parts. `store` is a handle whose clones share the objects.
+pub fn buffered_writer<S: SnapshotStore>(store: S, key: &ObjectKey) -> Box<dyn ObjectWriter> {
+    #[derive(Debug)]
+    struct Buffered<S>(S, ObjectKey, Vec<u8>);
+    #[async_trait]
+    impl<S: SnapshotStore> ObjectWriter for Buffered<S> {
+        async fn write(&mut self, part: Bytes) -> Result<()> {
+            self.2.extend_from_slice(&part);
+            Ok(())
+        }
+        async fn finish(self: Box<Self>) -> Result<Version> {
+            self.0.put(&self.1, self.2.into(), PutMode::Overwrite).await
+        }
+        async fn abort(self: Box<Self>) -> Result<()> {
+            Ok(())
+        }
+    }
+    Box::new(Buffered(store, key.clone(), Vec::new()))
+}
+
+/// A stream of what is known already, for [`SnapshotStore::list`] of stores that list at once.
+pub fn listing<I>(objects: I) -> BoxStream<'static, Result<ObjectInfo>>
+where
+    I: IntoIterator<Item = Result<ObjectInfo>, IntoIter: Send + 'static>,
+{
+    struct Known<I>(I);
+    // The iterator is never pinned: it is only taken from.
+    impl<I> Unpin for Known<I> {}
+    impl<I: Iterator> Stream for Known<I> {
+        type Item = I::Item;
+        fn poll_next(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<I::Item>> {
+            Poll::Ready(self.0.next())
+        }
+    }
+    Box::pin(Known(objects.into_iter()))
+}
+
 /// What [`SnapshotStore::put`] wants of what is there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[expect(
@@ -190,6 +230,21 @@ impl ObjectInfo {
     #[must_use]
     pub fn new(key: ObjectKey, size: u64, version: Version, modified_ms: u64) -> Self {
         Self { key, size, version, modified_ms }
+    }
+
+    /// The bytes that [`SnapshotStore::get`] of `range` reads: all of them for `None`, cut at the end.
+    ///
+    /// # Errors
+    /// `Invalid` for a range that starts behind the end or is reversed.
+    pub fn cut(&self, range: Option<Range<u64>>) -> Result<Range<u64>> {
+        let range = range.unwrap_or(0..self.size);
+        if range.start > range.end || range.start > self.size {
+            return Err(Error::invalid(format!(
+                "`{}`: bytes {range:?} of {} were asked for",
+                self.key, self.size
+            )));
+        }
+        Ok(range.start..range.end.min(self.size))
     }
 }
 

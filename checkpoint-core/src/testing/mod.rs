@@ -1,8 +1,23 @@
 //! Conformance kits, weight-shaped strategies and fakes. For tests only; outside semver.
+//!
+//! ```text
+//! towline_core::codec_conformance!(mine, MyCodec::default());
+//! towline_core::store_conformance!(mine, async { MyStore::fresh().await });
+//! towline_core::deployment_conformance!(mine, async { MyHarness::start().await });
+//! ```
+//! Each law is a function in [`laws`] that returns what broke; each macro makes one `#[test]` of each law.
 
+mod alloc;
 mod fakes;
+pub mod laws;
+mod macros;
+mod mix;
+pub mod strategies;
 
-pub use fakes::XorCodec;
+pub use alloc::CountingAllocator;
+pub use fakes::{FakeDeployment, FakeExporter, FakeSnapshots, FakeStore, Fault, SnapshotSource, XorCodec};
+pub use laws::deployment::{DeploymentHarness, tiny_weights};
+pub use proptest;
 
 /// Runs a future on a fresh multi-threaded runtime, with all of its drivers.
 ///

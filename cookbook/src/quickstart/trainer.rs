@@ -82,7 +82,7 @@ impl Run {
     async fn supervise(&self) -> Result<StateRef> {
         let mut session = self.session(SEED).await?;
         let mut rng = Rng::named(SEED, "supervised");
-        let schedule = Schedule::new(3e-3, 10, SUPERVISED_STEPS, 3e-4);
+        let schedule = Schedule::new(3e-3, 10, SUPERVISED_STEPS, 3e-3);
         for step in 0..SUPERVISED_STEPS {
             if step % SYNC_EVERY == 0 {
                 self.sync(&mut session, Phase::Supervised, step, &format!("sft-{step:05}"), None).await?;
@@ -126,7 +126,7 @@ impl Run {
         // The server may run something else: what is sampled must come from exactly these weights.
         let base = Some(CheckpointType::Base);
         self.sync(&mut session, Phase::Reinforcement, progress.step, &name, base).await?;
-        let schedule = Schedule::new(2.5e-4, 10, self.options.steps, 1e-4);
+        let schedule = Schedule::new(2e-4, 10, self.options.steps, 1e-4);
         while progress.step < self.options.steps {
             if progress.step.is_multiple_of(STATE_EVERY)
                 && !(resumed && state.name.as_str() == state_name(progress.step))
