@@ -10,94 +10,65 @@ use towline_cookbook::recipes::Stack;
 use towline_core::bytes::Bytes;
 use towline_core::{
     BoxStream, Error, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result, SnapshotName, SnapshotStore,
-    Version, async_trait,
+    Version, async_trait, buffered_writer, listing,
 };
 
-type Objects = BTreeMap<ObjectKey, (u64, Bytes)>;
+type Objects = BTreeMap<ObjectKey, (ObjectInfo, Bytes)>;
 
 #[derive(Debug, Clone, Default)]
-struct MapStore(Arc<Mutex<Objects>>);
+struct MapStore(Arc<Mutex<(u64, Objects)>>);
 
 impl MapStore {
-    fn lock(&self) -> MutexGuard<'_, Objects> {
+    fn lock(&self) -> MutexGuard<'_, (u64, Objects)> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
 
-fn info(key: &ObjectKey, (version, body): &(u64, Bytes)) -> ObjectInfo {
-    ObjectInfo::new(key.clone(), body.len() as u64, Version::new(version.to_string()), *version)
+    fn find(&self, key: &ObjectKey) -> Result<(ObjectInfo, Bytes)> {
+        let found = self.lock().1.get(key).cloned();
+        found.ok_or_else(|| Error::not_found(format!("`{key}` is missing")))
+    }
 }
 
 #[async_trait]
 impl SnapshotStore for MapStore {
     async fn put(&self, key: &ObjectKey, body: Bytes, mode: PutMode) -> Result<Version> {
-        let mut objects = self.lock();
-        let found = objects.get(key).map(|(version, _)| Version::new(version.to_string()));
-        match (mode, found) {
+        let (writes, objects) = &mut *self.lock();
+        match (mode, objects.get(key)) {
             (PutMode::Create, Some(_)) => return Err(Error::already_exists(format!("`{key}` exists"))),
-            (PutMode::Update(wanted), found) if found.as_ref() != Some(&wanted) => {
-                return Err(Error::conflict(format!("`{key}`: wanted {wanted:?}, found {found:?}")));
+            (PutMode::Update(wanted), found) if found.is_none_or(|(info, _)| info.version != wanted) => {
+                return Err(Error::conflict(format!("`{key}` is no longer {}", wanted.as_str())));
             }
-            _ => {}
+            _ => *writes += 1,
         }
-        let version = objects.values().map(|(version, _)| *version).max().unwrap_or(0) + 1;
-        objects.insert(key.clone(), (version, body));
-        Ok(Version::new(version.to_string()))
+        let version = Version::new(writes.to_string());
+        let info = ObjectInfo::new(key.clone(), body.len() as u64, version.clone(), *writes);
+        objects.insert(key.clone(), (info, body));
+        Ok(version)
     }
 
     async fn writer(&self, key: &ObjectKey) -> Result<Box<dyn ObjectWriter>> {
-        Ok(Box::new(Writer { store: self.clone(), key: key.clone(), body: Vec::new() }))
+        Ok(buffered_writer(self.clone(), key))
     }
 
     async fn get(&self, key: &ObjectKey, range: Option<Range<u64>>) -> Result<Bytes> {
-        let body = self.lock().get(key).map(|(_, body)| body.clone());
-        let body = body.ok_or_else(|| Error::not_found(format!("`{key}` is missing")))?;
-        let Some(range) = range else { return Ok(body) };
-        let (start, end) = (range.start as usize, (range.end as usize).min(body.len()));
-        if range.start > range.end || start > body.len() {
-            return Err(Error::invalid(format!("`{key}` has {} bytes, not {range:?}", body.len())));
-        }
-        Ok(body.slice(start..end))
+        let (info, body) = self.find(key)?;
+        let Range { start, end } = info.cut(range)?;
+        Ok(body.slice(start as usize..end as usize))
     }
 
     async fn head(&self, key: &ObjectKey) -> Result<ObjectInfo> {
-        self.lock()
-            .get(key)
-            .map(|found| info(key, found))
-            .ok_or_else(|| Error::not_found(format!("`{key}` is missing")))
+        Ok(self.find(key)?.0)
     }
 
     async fn delete(&self, key: &ObjectKey) -> Result<()> {
-        self.lock().remove(key);
+        self.lock().1.remove(key);
         Ok(())
     }
 
     fn list(&self, prefix: Option<&ObjectKey>) -> BoxStream<'static, Result<ObjectInfo>> {
-        let under = |key: &ObjectKey| prefix.is_none_or(|prefix| key.is_under(prefix));
-        let found: Vec<_> =
-            self.lock().iter().filter(|(key, _)| under(key)).map(|(key, it)| Ok(info(key, it))).collect();
-        Box::pin(futures_util::stream::iter(found))
-    }
-}
-
-#[derive(Debug)]
-struct Writer {
-    store: MapStore,
-    key: ObjectKey,
-    body: Vec<u8>,
-}
-
-#[async_trait]
-impl ObjectWriter for Writer {
-    async fn write(&mut self, part: Bytes) -> Result<()> {
-        self.body.extend_from_slice(&part);
-        Ok(())
-    }
-    async fn finish(self: Box<Self>) -> Result<Version> {
-        self.store.put(&self.key, self.body.into(), PutMode::Overwrite).await
-    }
-    async fn abort(self: Box<Self>) -> Result<()> {
-        Ok(())
+        let under = |info: &&ObjectInfo| prefix.is_none_or(|prefix| info.key.is_under(prefix));
+        let found: Vec<_> = self.lock().1.values().map(|(info, _)| info).filter(under).cloned().collect();
+        listing(found.into_iter().map(Ok))
     }
 }
 
@@ -106,6 +77,6 @@ async fn main() -> Result<()> {
     let store = MapStore::default();
     let stack = Stack::start(Arc::new(store.clone()), "own-store").await?;
     let receipt = stack.syncer()?.save_and_hotload(SnapshotName::new("step-00000")?, None).await?;
-    println!("{} is served from {} objects of our own store", receipt.snapshot.id, store.lock().len());
+    println!("{} is served from {} objects of our own store", receipt.snapshot.id, store.lock().1.len());
     stack.trainer.client.close().await
 }

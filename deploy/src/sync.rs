@@ -8,7 +8,7 @@ use tokio::time::{Instant, timeout};
 use towline_core::{
     Chain, ChainSettings, CheckpointType, CodecId, ContentDigest, Deployment, DeploymentStatus, Error,
     ErrorKind, ExportRequest, HotLoad, LoadPlan, Result, SnapshotExporter, SnapshotIdentity, SnapshotKind,
-    SnapshotName, SnapshotRef,
+    SnapshotName, SnapshotRef, Stage,
 };
 
 use crate::load;
@@ -271,10 +271,12 @@ impl WeightSyncer {
         if status.replicas.is_empty() {
             return Ok(());
         }
+        let busy = status.replicas.iter().any(|replica| matches!(replica.stage, Stage::Load | Stage::Swap));
         let (found, one) = match status.served() {
-            Ok(found) => (found, true),
-            // Replicas that differ serve nothing that a delta could be on.
-            Err(_) => {
+            Ok(found) if !busy => (found, true),
+            // Replicas that differ serve nothing that a delta could be on, and what one that is loading will serve
+            // in a moment is not known: somebody else's order may be under way.
+            Ok(_) | Err(_) => {
                 let first = status.replicas.iter().find_map(|replica| replica.identity.clone());
                 (first.map(|identity| (identity, None)), false)
             }
