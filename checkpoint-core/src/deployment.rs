@@ -21,7 +21,7 @@ use crate::{
 /// * All methods may run at once. Dropping a future cancels the wait, not what the deployment has accepted.
 ///
 /// # Implement it like this
-/// [`crate::testing::FakeDeployment`] is a complete one in memory.
+/// `testing::FakeDeployment` (feature `testing`) is a complete one in memory.
 #[async_trait]
 pub trait Deployment: Debug + Send + Sync + 'static {
     /// What this deployment can do. It does not change while it lives.

@@ -26,6 +26,9 @@ const FOOTER_MAGIC: &[u8; 8] = b"TOWLIDX\x01";
 /// The largest index that is read, in bytes, as for a safetensors header.
 const MAX_INDEX: u64 = 100_000_000;
 const MAX_RANK: u64 = 64;
+/// How many times longer than the index all names together may be. Names that share a prefix cost at least 24 bytes
+/// each, so real ones stay below 8; without a limit a small index could ask for hundreds of times its size.
+const MAX_NAMES: usize = 32;
 
 /// One encoded tensor of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,10 +109,15 @@ impl ShardIndex {
         let count = reader.number()?;
         let mut tensors: Vec<EncodedTensor> = Vec::new();
         let mut position = MAGIC.len() as u64;
+        let mut name_bytes = 0;
         for _ in 0..count {
             let tensor = reader.tensor(tensors.last().map_or("", |last| &last.name), &mut position)?;
             if tensors.last().is_some_and(|last| last.name >= tensor.name) {
                 return Err(bad("the names are not sorted"));
+            }
+            name_bytes += tensor.name.len();
+            if name_bytes > MAX_NAMES * index.len() {
+                return Err(bad("shared prefixes blow the names up"));
             }
             tensors.push(tensor);
         }
@@ -410,6 +418,18 @@ mod tests {
             bad[at] ^= 1;
             assert!(ShardIndex::read(&Bytes::from(bad)).is_err(), "{at}");
         }
+    }
+
+    #[test]
+    fn shared_prefixes_cannot_blow_the_names_up() {
+        let mut writer = ContainerWriter::new(&CodecId::of("raw"), None);
+        let prefix = "p".repeat(4000);
+        for number in 0..1000 {
+            let meta = TensorMeta::new(format!("{prefix}{number:04}"), DType::U8, [0]).unwrap();
+            writer.tensor(&meta, &TensorDigest::of(b""), Unit::Whole, [0]).unwrap();
+        }
+        let file = Bytes::from([MAGIC.to_vec(), writer.finish()].concat());
+        assert!(ShardIndex::read(&file).unwrap_err().message().contains("blow"));
     }
 
     #[test]

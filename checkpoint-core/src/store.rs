@@ -29,7 +29,8 @@ use crate::{Error, Result};
 /// passing faults. A listing that fails ends with an error, never early.
 ///
 /// # Implement it like this
-/// [`crate::testing::FakeStore`] is a complete store in memory; `towline-storage` has those for production.
+/// `testing::FakeStore` (feature `testing`) is a complete store in memory; `towline-storage` has those for
+/// production.
 #[async_trait]
 pub trait SnapshotStore: Debug + Send + Sync + 'static {
     /// Writes a whole object and returns its new version.

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use clap::{Args, Subcommand};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use towline_core::pipeline::{self, Limits};
 use towline_core::{Codec, Error, Mode, Result, TensorMeta, Weights};
@@ -52,80 +53,94 @@ pub(crate) fn run(command: Command, output: &Output) -> Result<()> {
         [] => towline_codec::all(),
         ids => ids.iter().map(|id| towline_codec::by_id(id)).collect::<Result<_>>()?,
     };
-    let parent = Weights::read_all(&open_weights(&options.parent)?)?;
-    let current = Weights::read_all(&open_weights(&options.current)?)?;
-    let raw = current.byte_len();
-    let limits = Limits::threads(options.threads);
-    let mut rows = Vec::new();
-    for codec in codecs {
-        output.note(format_args!("{} …", codec.id()));
-        rows.push(measure(codec.as_ref(), &parent, &current, limits, options.runs)?);
-    }
-    let memory = |row: &Row| row.extra_mib.map_or("–".into(), |mib| format!("{mib:.0}"));
+    let rows = match codecs.as_slice() {
+        [codec] => vec![measure(codec.as_ref(), &options)?],
+        // A process for each, so that memory that one has freed does not hide what the next one takes.
+        codecs => {
+            codecs.iter().map(|codec| apart(codec.id().as_str(), &options, output)).collect::<Result<_>>()?
+        }
+    };
     let cells: Vec<_> = rows
         .iter()
         .map(|row| {
+            let memory = row.extra_mib.map_or("–".into(), |mib| format!("{mib:.0}"));
+            let ratio = format!("{:.3}", 100.0 * row.ratio);
             vec![
                 row.codec.clone(),
-                format!("{:.3}", 100.0 * row.bytes as f64 / raw.max(1) as f64),
+                ratio,
                 format!("{:.2}", row.encode_gbps),
                 format!("{:.2}", row.decode_gbps),
-                memory(row),
+                memory,
             ]
         })
         .collect();
     let heading = ["codec", "ratio %", "encode GB/s", "decode GB/s", "extra MiB"];
-    let values: Vec<_> = rows
-        .iter()
-        .map(|row| {
-            json!({
-                "codec": row.codec, "ratio": row.bytes as f64 / raw.max(1) as f64, "encoded_bytes": row.bytes,
-                "raw_bytes": raw, "encode_gbps": row.encode_gbps, "decode_gbps": row.decode_gbps,
-                "extra_mib": row.extra_mib,
-            })
-        })
-        .collect();
-    output.result(
-        table(&heading, &cells),
-        &json!({"rows": values, "threads": options.threads, "runs": options.runs}),
-    );
+    let value = json!(Report { rows, threads: options.threads, runs: options.runs });
+    output.result(table(&heading, &cells), &value);
     Ok(())
 }
 
+#[derive(Debug, Serialize, Deserialize)]
+struct Report {
+    rows: Vec<Row>,
+    threads: usize,
+    runs: usize,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
 struct Row {
     codec: String,
-    bytes: u64,
+    ratio: f64,
+    encoded_bytes: u64,
+    raw_bytes: u64,
     encode_gbps: f64,
     decode_gbps: f64,
+    /// Memory of a whole encode beyond the two checkpoints; `None` where the system does not tell.
     extra_mib: Option<f64>,
 }
 
-fn measure(
-    codec: &dyn Codec,
-    parent: &Weights,
-    current: &Weights,
-    limits: Limits,
-    runs: usize,
-) -> Result<Row> {
-    let mut file = Vec::new();
-    let bytes = write_shard(&mut file, codec, current, Some(parent), limits)?.bytes;
-    drop(file);
-    let mut encoded: Vec<(TensorMeta, Vec<Bytes>, pipeline::Encoded)> = Vec::new();
+/// Measures one codec in a process of its own.
+fn apart(codec: &str, options: &Options, output: &Output) -> Result<Row> {
+    output.note(format_args!("{codec} …"));
+    let failed =
+        |error: std::io::Error| Error::internal("the measuring process did not run").with_source(error);
+    let child = std::process::Command::new(std::env::current_exe().map_err(failed)?)
+        .args(["--json", "bench", "codec", "--codecs", codec, "--parent"])
+        .arg(&options.parent)
+        .arg("--current")
+        .arg(&options.current)
+        .args(["--threads", &options.threads.to_string(), "--runs", &options.runs.to_string()])
+        .stderr(std::process::Stdio::inherit())
+        .output()
+        .map_err(failed)?;
+    let text = String::from_utf8_lossy(&child.stdout);
+    let report: Option<Report> = serde_json::from_str(&text).ok();
+    report
+        .and_then(|report| report.rows.into_iter().next())
+        .ok_or_else(|| Error::internal(format!("measuring {codec} failed: {}", text.trim())))
+}
+
+fn measure(codec: &dyn Codec, options: &Options) -> Result<Row> {
+    let parent = Weights::read_all(&open_weights(&options.parent)?)?;
+    let current = Weights::read_all(&open_weights(&options.current)?)?;
+    let limits = Limits::threads(options.threads);
     let memory = Memory::start();
+    let encoded_bytes = write_shard(&mut std::io::sink(), codec, &current, Some(&parent), limits)?.bytes;
+    let extra_mib = memory.peak_mib();
+    let mut encoded: Vec<(TensorMeta, Vec<Bytes>, pipeline::Encoded)> = Vec::new();
     let mut encode = Vec::new();
-    for _ in 0..runs {
+    for _ in 0..options.runs {
         encoded.clear();
         let started = Instant::now();
-        pipeline::encode(codec, current, Some(parent), limits, &mut |meta, mut out| {
+        pipeline::encode(codec, &current, Some(&parent), limits, &mut |meta, mut out| {
             let frames = std::mem::take(&mut out.frames).into_iter().map(Bytes::from).collect();
             encoded.push((meta.clone(), frames, out));
             Ok(())
         })?;
         encode.push(started.elapsed().as_secs_f64());
     }
-    let extra_mib = memory.peak_mib().map(|peak| (peak - bytes as f64 / f64::from(1 << 20)).max(0.0));
     let mut decode = Vec::new();
-    for _ in 0..runs {
+    for _ in 0..options.runs {
         let mut targets: Vec<Vec<u8>> = parent.iter().map(|(_, data)| data.to_vec()).collect();
         let started = Instant::now();
         for ((meta, frames, out), target) in encoded.iter().zip(&mut targets) {
@@ -134,10 +149,13 @@ fn measure(
         }
         decode.push(started.elapsed().as_secs_f64());
     }
-    let speed = |seconds: Vec<f64>| current.byte_len() as f64 / 1e9 / median(seconds);
+    let raw_bytes = current.byte_len();
+    let speed = |seconds: Vec<f64>| raw_bytes as f64 / 1e9 / median(seconds);
     Ok(Row {
         codec: codec.id().to_string(),
-        bytes,
+        ratio: encoded_bytes as f64 / raw_bytes.max(1) as f64,
+        encoded_bytes,
+        raw_bytes,
         encode_gbps: speed(encode),
         decode_gbps: speed(decode),
         extra_mib,

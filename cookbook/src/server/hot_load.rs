@@ -30,7 +30,7 @@ pub(super) async fn order(State(shared): State<Arc<Shared>>, headers: HeaderMap,
 
 pub(super) async fn status(State(shared): State<Arc<Shared>>) -> Json<StatusResponse> {
     let served = shared.served();
-    let load = shared.load().clone();
+    let load = shared.load();
     let ms = |duration: Option<std::time::Duration>| duration.map(|duration| duration.as_secs_f64() * 1e3);
     let mut entry = ReplicaEntry::default();
     entry.name = Some("0".into());
@@ -44,16 +44,17 @@ pub(super) async fn status(State(shared): State<Arc<Shared>>) -> Json<StatusResp
             Stage::Load | _ => "load",
         }
         .into(),
-        target_snapshot_identity: load.target.map(|target| target.to_string()),
-        error: load.error,
+        target_snapshot_identity: load.target.as_ref().map(ToString::to_string),
+        error: load.error.clone(),
     });
     let mut extra = TowlineExtra::default();
     extra.content_digest = served.map(|served| served.id().digest.to_string());
-    extra.operation = load.op.map(|op| op.to_string());
+    extra.operation = load.op.as_ref().map(ToString::to_string);
     extra.load_ms = ms(load.load);
     extra.verify_ms = ms(load.verify);
     extra.pause_us = load.pause.map(|pause| u64::try_from(pause.as_micros()).unwrap_or(u64::MAX));
     extra.model = Some(shared.options.model.clone());
+    drop(load);
     entry.towline = Some(extra);
     Json(StatusResponse { replicas: vec![entry] })
 }

@@ -1,5 +1,6 @@
 //! What is served, what is being loaded, and the swap between them.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -56,8 +57,11 @@ pub(super) struct Shared {
     load: Mutex<Load>,
 }
 
+/// How many operation ids are remembered, so that an old order that comes again changes nothing.
+const KEPT_OPERATIONS: usize = 1024;
+
 /// The last hot-load, running or done.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Load {
     pub(super) stage: Stage,
     pub(super) op: Option<OpId>,
@@ -66,6 +70,23 @@ pub(super) struct Load {
     pub(super) load: Option<Duration>,
     pub(super) verify: Option<Duration>,
     pub(super) pause: Option<Duration>,
+    /// The operations that were taken, this one included, oldest first.
+    seen: VecDeque<OpId>,
+}
+
+impl Default for Load {
+    fn default() -> Self {
+        Self {
+            stage: Stage::Idle,
+            op: None,
+            target: None,
+            error: None,
+            load: None,
+            verify: None,
+            pause: None,
+            seen: VecDeque::new(),
+        }
+    }
 }
 
 /// A hot-load as the API states it.
@@ -81,15 +102,6 @@ pub(super) struct Order {
 
 impl Shared {
     pub(super) fn new(store: Arc<dyn SnapshotStore>, options: ServerOptions) -> Self {
-        let load = Load {
-            stage: Stage::Idle,
-            op: None,
-            target: None,
-            error: None,
-            load: None,
-            verify: None,
-            pause: None,
-        };
         Self {
             prefixes: PrefixCache::new(options.cached_prompts),
             options,
@@ -98,7 +110,7 @@ impl Shared {
             served: ArcSwapOption::empty(),
             swaps: AtomicU64::new(0),
             requests: AtomicU64::new(0),
-            load: Mutex::new(load),
+            load: Mutex::default(),
         }
     }
 
@@ -160,7 +172,8 @@ impl Shared {
     /// Claims the loader. `false`: this very operation was taken before.
     fn begin(&self, order: &Order) -> Result<bool> {
         let mut load = self.load();
-        if order.op.is_some() && load.op == order.op {
+        let known = order.op.as_ref().is_some_and(|op| load.seen.contains(op));
+        if known {
             return Ok(false);
         }
         if matches!(load.stage, Stage::Load | Stage::Swap) {
@@ -169,14 +182,17 @@ impl Shared {
                 Error::conflict(format!("{busy} is being loaded")).with_help("order again when it is done")
             );
         }
+        let mut seen = std::mem::take(&mut load.seen);
+        seen.extend(order.op.clone());
+        if seen.len() > KEPT_OPERATIONS {
+            seen.pop_front();
+        }
         *load = Load {
             stage: Stage::Load,
             op: order.op.clone(),
             target: Some(order.identity.clone()),
-            error: None,
-            load: None,
-            verify: None,
-            pause: None,
+            seen,
+            ..Load::default()
         };
         Ok(true)
     }
