@@ -275,6 +275,20 @@ impl AdamParams {
         self
     }
 
+    /// Sets the decays of the two moments.
+    #[must_use]
+    pub fn with_betas(mut self, beta1: f64, beta2: f64) -> Self {
+        (self.beta1, self.beta2) = (beta1, beta2);
+        self
+    }
+
+    /// Sets what is added to the root of the second moment.
+    #[must_use]
+    pub fn with_eps(mut self, eps: f64) -> Self {
+        self.eps = eps;
+        self
+    }
+
     /// Sets the decoupled weight decay.
     #[must_use]
     pub fn with_weight_decay(mut self, decay: f64) -> Self {

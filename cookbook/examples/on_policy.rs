@@ -8,7 +8,7 @@ use towline_cookbook::client::{Completions, SampleRequest};
 use towline_cookbook::engine::task::{DIGITS, Problem, group_advantages};
 use towline_cookbook::engine::{ByteTokenizer, Rng};
 use towline_cookbook::recipes::{DEADLINE, Stack};
-use towline_core::{AdamParams, Batch, Datum, Loss, Result, SnapshotName, TrainingClient};
+use towline_core::{AdamParams, Batch, Loss, Result, SnapshotName, TrainingClient};
 use towline_trainer_client::PendingExt;
 
 #[tokio::main]
@@ -42,8 +42,7 @@ async fn main() -> Result<()> {
                     receipt.snapshot.id.identity.as_str(),
                     "an answer of other weights"
                 );
-                let datum = problem.policy(&sample.tokens, &sample.logprobs, advantage / 32.0);
-                data.push(Datum::sampled(datum.tokens, datum.targets, datum.old_logprobs, datum.advantages));
+                data.push(problem.policy(&sample.tokens, &sample.logprobs, advantage / 32.0));
             }
         }
         let client = Arc::clone(&stack.trainer.client);

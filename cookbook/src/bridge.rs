@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use towline_core::{AdamParams, Batch, DType, Error, Loss, Result, TensorMeta, TensorSource, Weights};
+use towline_core::{DType, Error, Result, TensorMeta, TensorSource, Weights};
 
 use crate::engine::{self, EngineError, Model, ModelConfig, TensorBytes, WeightDtype};
 
@@ -75,41 +75,3 @@ pub fn section<'a>(state: &'a Weights, prefix: &'a str) -> impl Iterator<Item = 
 pub const WEIGHTS: &str = "weights/";
 /// The prefix of a state's optimizer tensors.
 pub const OPTIMIZER: &str = "optimizer/";
-
-/// The engine's form of a batch.
-///
-/// # Errors
-/// `Invalid` for uneven lists or a loss that the engine does not know.
-pub fn batch(batch: Batch) -> Result<(Vec<engine::Datum>, engine::Loss)> {
-    let loss = match batch.loss {
-        Loss::CrossEntropy => engine::Loss::CrossEntropy,
-        Loss::ImportanceSampling => engine::Loss::ImportanceSampling,
-        other => return Err(Error::unsupported(format!("the embedded trainer has no loss {other:?}"))),
-    };
-    let data = batch
-        .data
-        .into_iter()
-        .map(|datum| {
-            datum.check(batch.loss)?;
-            Ok(match batch.loss {
-                Loss::CrossEntropy => {
-                    engine::Datum::cross_entropy(datum.tokens, datum.targets, datum.weights)
-                }
-                Loss::ImportanceSampling | _ => {
-                    engine::Datum::policy(datum.tokens, datum.targets, datum.logprobs, datum.advantages)
-                }
-            })
-        })
-        .collect::<Result<_>>()?;
-    Ok((data, loss))
-}
-
-/// The engine's form of an optimizer step.
-#[must_use]
-pub fn adam(params: &AdamParams) -> engine::AdamParams {
-    engine::AdamParams::new(params.learning_rate)
-        .with_betas(params.beta1, params.beta2)
-        .with_eps(params.eps)
-        .with_weight_decay(params.weight_decay)
-        .with_grad_clip_norm(params.grad_clip_norm)
-}

@@ -131,13 +131,12 @@ impl Backend for EmbeddedTrainer {
     }
 
     async fn forward_backward(&mut self, batch: Batch) -> Result<ForwardBackward> {
-        let (data, loss) = bridge::batch(batch)?;
-        let output = self.run(move |trainer| trainer.forward_backward(&data, loss)).await?;
+        let output = self.run(move |trainer| trainer.forward_backward(&batch.data, batch.loss)).await?;
         Ok(ForwardBackward::new(output.loss, output.logprobs))
     }
 
     async fn optim_step(&mut self, params: AdamParams) -> Result<OptimStep> {
-        let output = self.run(move |trainer| trainer.optim_step(&bridge::adam(&params))).await?;
+        let output = self.run(move |trainer| trainer.optim_step(&params)).await?;
         Ok(OptimStep::new(output.step, output.grad_norm))
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use towline_core::{
-    AdamParams, Batch, Capabilities, Datum, Deployment, JobId, Loss, Result, SessionId, SnapshotStore,
+    AdamParams, Batch, Capabilities, Deployment, JobId, Loss, Result, SessionId, SnapshotStore,
     TrainingClient,
 };
 use towline_deploy::{DeploymentManager, WeightSyncer};
@@ -46,9 +46,8 @@ impl Trainer {
     /// # Errors
     /// As the trainer answers.
     pub async fn supervised_step(&self, rng: &mut Rng, learning_rate: f64) -> Result<f64> {
-        let data = supervised_batch(rng, 32).into_iter();
-        let data = data.map(|datum| Datum::supervised(datum.tokens, datum.targets, datum.weights));
-        let forward = self.client.forward_backward(Batch::new(data.collect(), Loss::CrossEntropy));
+        let batch = Batch::new(supervised_batch(rng, 32), Loss::CrossEntropy);
+        let forward = self.client.forward_backward(batch);
         let step = self.client.optim_step(AdamParams::new(learning_rate));
         let output = forward.wait(DEADLINE).await?;
         step.wait(DEADLINE).await?;

@@ -51,7 +51,7 @@ fn random_batch(vocab: usize, lengths: &[usize]) -> Vec<Datum> {
             let tokens = random_tokens(&mut rng, length, vocab);
             let targets = random_tokens(&mut rng, length, vocab);
             let weights = (0..length).map(|_| rng.uniform_f32()).collect();
-            Datum::cross_entropy(tokens, targets, weights)
+            Datum::supervised(tokens, targets, weights)
         })
         .collect()
 }
@@ -76,7 +76,7 @@ fn every_parameter_has_a_gradient() {
             let mut batch = random_batch(config.vocab_size, &[7, 4, 9]);
             for datum in &mut batch {
                 datum.advantages = datum.weights.clone();
-                datum.old_logprobs = vec![-4.0; datum.tokens.len()];
+                datum.logprobs = vec![-4.0; datum.tokens.len()];
             }
             let grads = batch_loss(&model, &batch, loss).unwrap().loss.backward().unwrap();
             let mut with_gradient = 0;
@@ -289,7 +289,7 @@ fn wrong_sequences_are_refused() {
     let model = Model::new(&config, &params(&config)).unwrap();
     let datum = |tokens: Vec<u32>| {
         let weights = vec![1.0; tokens.len()];
-        Datum::cross_entropy(tokens.clone(), tokens, weights)
+        Datum::supervised(tokens.clone(), tokens, weights)
     };
     let refused = |batch: &[Datum]| batch_loss(&model, batch, Loss::CrossEntropy).unwrap_err().to_string();
     assert!(refused(&[]).contains("batch is empty"));

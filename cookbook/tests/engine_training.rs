@@ -132,15 +132,15 @@ fn importance_sampling_at_ratio_one_is_the_policy_gradient() {
     }
     let zeros = |datum: &Datum| vec![0.0; datum.tokens.len()];
     for datum in &mut batch {
-        (datum.old_logprobs, datum.advantages) = (zeros(datum), zeros(datum));
+        (datum.logprobs, datum.advantages) = (zeros(datum), zeros(datum));
     }
     let logprobs = entropy.forward_backward(&batch, Loss::CrossEntropy).unwrap().logprobs;
     for (datum, logprobs) in batch.iter_mut().zip(&logprobs) {
         let none = zeros(datum);
         datum.advantages = std::mem::replace(&mut datum.weights, none);
-        datum.old_logprobs = logprobs.clone();
+        datum.logprobs = logprobs.clone();
         // A position that does not count may hold anything without harm.
-        datum.old_logprobs[0] = -1e30;
+        datum.logprobs[0] = -1e30;
     }
     let output = policy.forward_backward(&batch, Loss::ImportanceSampling).unwrap();
     let advantages: f32 = batch.iter().flat_map(|datum| &datum.advantages).sum();
@@ -157,7 +157,7 @@ fn importance_sampling_at_ratio_one_is_the_policy_gradient() {
     // Away from ratio 1 the gradient is scaled by the ratio.
     let mut doubled = LocalTrainer::new(&config, 1).unwrap();
     for datum in &mut batch {
-        datum.old_logprobs.iter_mut().for_each(|logprob| *logprob -= 2f32.ln());
+        datum.logprobs.iter_mut().for_each(|logprob| *logprob -= 2f32.ln());
     }
     let twice = doubled.forward_backward(&batch, Loss::ImportanceSampling).unwrap();
     assert!((twice.loss - 2.0 * output.loss).abs() < 1e-5);

@@ -3,93 +3,10 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
-use serde::{Deserialize, Serialize};
+use towline_core::AdamParams;
 
 use super::error::{EngineError, Result};
 use super::init::narrow;
-
-/// What one optimizer step is done with; every step may have its own.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-#[non_exhaustive]
-pub struct AdamParams {
-    /// Learning rate; 1e-4 by default.
-    pub learning_rate: f64,
-    /// Decay of the first moment; 0.9 by default.
-    pub beta1: f64,
-    /// Decay of the second moment; 0.95 by default.
-    pub beta2: f64,
-    /// Added to the root of the second moment; 1e-12 by default.
-    pub eps: f64,
-    /// Decoupled decay of every parameter, times the learning rate; 0 by default.
-    pub weight_decay: f64,
-    /// The gradients are scaled down together when their norm is above this; 0, the default,
-    /// does not clip.
-    pub grad_clip_norm: f64,
-}
-
-impl Default for AdamParams {
-    fn default() -> Self {
-        Self {
-            learning_rate: 1e-4,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-12,
-            weight_decay: 0.0,
-            grad_clip_norm: 0.0,
-        }
-    }
-}
-
-impl AdamParams {
-    /// The defaults with this learning rate.
-    #[must_use]
-    pub fn new(learning_rate: f64) -> Self {
-        Self { learning_rate, ..Self::default() }
-    }
-
-    /// With these decays of the moments.
-    #[must_use]
-    pub fn with_betas(self, beta1: f64, beta2: f64) -> Self {
-        Self { beta1, beta2, ..self }
-    }
-
-    /// With this eps.
-    #[must_use]
-    pub fn with_eps(self, eps: f64) -> Self {
-        Self { eps, ..self }
-    }
-
-    /// With this weight decay.
-    #[must_use]
-    pub fn with_weight_decay(self, weight_decay: f64) -> Self {
-        Self { weight_decay, ..self }
-    }
-
-    /// With gradients clipped to this norm.
-    #[must_use]
-    pub fn with_grad_clip_norm(self, grad_clip_norm: f64) -> Self {
-        Self { grad_clip_norm, ..self }
-    }
-
-    fn check(&self) -> Result<()> {
-        for (name, value, below) in [
-            ("learning_rate", self.learning_rate, f64::INFINITY),
-            ("beta1", self.beta1, 1.0),
-            ("beta2", self.beta2, 1.0),
-            ("eps", self.eps, f64::INFINITY),
-            ("weight_decay", self.weight_decay, f64::INFINITY),
-            ("grad_clip_norm", self.grad_clip_norm, f64::INFINITY),
-        ] {
-            if !(0.0..below).contains(&value) {
-                return Err(EngineError::new(format!(
-                    "{name} is {value}, wanted at least 0 and below {below}"
-                )));
-            }
-        }
-        Ok(())
-    }
-}
 
 /// The optimizer: two moments for each variable, and the number of steps taken.
 #[derive(Debug, Clone)]
@@ -142,7 +59,7 @@ impl AdamW {
         gradients: &BTreeMap<String, Tensor>,
         params: &AdamParams,
     ) -> Result<f64> {
-        params.check()?;
+        check(params)?;
         let mut flat = BTreeMap::new();
         let mut squares = 0f64;
         for (name, gradient) in gradients {
@@ -253,4 +170,20 @@ impl Rule {
             *value = *value * self.keep - change;
         }
     }
+}
+
+fn check(params: &AdamParams) -> Result<()> {
+    for (name, value, below) in [
+        ("learning_rate", params.learning_rate, f64::INFINITY),
+        ("beta1", params.beta1, 1.0),
+        ("beta2", params.beta2, 1.0),
+        ("eps", params.eps, f64::INFINITY),
+        ("weight_decay", params.weight_decay, f64::INFINITY),
+        ("grad_clip_norm", params.grad_clip_norm, f64::INFINITY),
+    ] {
+        if !(0.0..below).contains(&value) {
+            return Err(EngineError::new(format!("{name} is {value}, wanted at least 0 and below {below}")));
+        }
+    }
+    Ok(())
 }

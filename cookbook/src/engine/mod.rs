@@ -22,12 +22,12 @@ pub mod task;
 mod tokenizer;
 mod trainer;
 
-pub use adamw::{AdamParams, AdamW};
+pub use adamw::AdamW;
 pub use config::ModelConfig;
 pub use dtype::{NamedBytes, TensorBytes, WeightDtype, params_from_bytes};
 pub use error::{EngineError, Result};
 pub use init::initial_params;
-pub use loss::{BatchLoss, Datum, Loss, batch_loss, target_logprobs};
+pub use loss::{BatchLoss, batch_loss, target_logprobs};
 pub use model::{KvCache, Model, expected_tensors};
 pub use rng::Rng;
 pub use sample::{
@@ -36,4 +36,5 @@ pub use sample::{
 pub use schedule::Schedule;
 pub use score::score;
 pub use tokenizer::ByteTokenizer;
+pub use towline_core::{AdamParams, Datum, Loss};
 pub use trainer::{LocalTrainer, Output, StepOutput};

@@ -4,10 +4,10 @@
 //! undecided; reinforcement learning rewards the ascending one. The reward can be verified and
 //! visibly rises.
 
-use super::loss::Datum;
 use super::rng::Rng;
 use super::sample::Sample;
 use super::tokenizer::ByteTokenizer;
+use towline_core::Datum;
 
 /// Digits in a problem, and tokens in an answer.
 pub const DIGITS: usize = 4;
@@ -71,7 +71,7 @@ impl Problem {
     pub fn supervised(&self, answer: &[u32], weight: f32) -> Datum {
         let (tokens, targets) = self.sequence(answer);
         let weights = on_answer(tokens.len(), std::iter::repeat_n(weight, answer.len()));
-        Datum::cross_entropy(tokens, targets, weights)
+        Datum::supervised(tokens, targets, weights)
     }
 
     /// The sequence for training on a sampled answer with the policy gradient; every token of the
@@ -82,7 +82,7 @@ impl Problem {
         let old = on_answer(inputs.len(), logprobs.iter().copied());
         let advantages =
             on_answer(inputs.len(), std::iter::repeat_n(super::init::narrow(advantage), tokens.len()));
-        Datum::policy(inputs, targets, old, advantages)
+        Datum::sampled(inputs, targets, old, advantages)
     }
 
     fn sequence(&self, answer: &[u32]) -> (Vec<u32>, Vec<u32>) {
@@ -170,7 +170,7 @@ mod tests {
         assert_eq!(datum.targets, ByteTokenizer.encode("142>1234"));
         assert_eq!(datum.weights, [0.0, 0.0, 0.0, 0.0, 0.25, 0.25, 0.25, 0.25]);
         let datum = problem.policy(&problem.ascending(), &[-1.0, -2.0, -3.0, -4.0], 0.5);
-        assert_eq!(datum.old_logprobs, [0.0, 0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0]);
+        assert_eq!(datum.logprobs, [0.0, 0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0]);
         assert_eq!(datum.advantages, [0.0, 0.0, 0.0, 0.0, 0.5, 0.5, 0.5, 0.5]);
     }
 

@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
 
-use super::adamw::{AdamParams, AdamW};
+use towline_core::{AdamParams, Datum, Loss};
+
+use super::adamw::AdamW;
 use super::config::ModelConfig;
 use super::dtype::{NamedBytes, TensorBytes, WeightDtype, params_from_bytes, tensors_from_bytes};
 use super::error::{EngineError, Result};
 use super::init::initial_params;
-use super::loss::{Datum, Loss, batch_loss};
+use super::loss::batch_loss;
 use super::model::{Model, expected_tensors};
 
 /// The most logits that one forward pass computes; longer batches are split. It bounds the memory

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use serde_json::json;
 use towline_core::{
-    AdamParams, Batch, CheckpointType, Datum, Error, JobId, Loss, Result, SaveState, SnapshotId,
-    SnapshotKind, SnapshotName, StateRef, TrainingClient,
+    AdamParams, Batch, CheckpointType, Error, JobId, Loss, Result, SaveState, SnapshotId, SnapshotKind,
+    SnapshotName, StateRef, TrainingClient,
 };
 use towline_deploy::WeightSyncer;
 use towline_storage::SnapshotRepo;
@@ -87,11 +87,8 @@ impl Run {
             if step % SYNC_EVERY == 0 {
                 self.sync(&mut session, Phase::Supervised, step, &format!("sft-{step:05}"), None).await?;
             }
-            let data = supervised_batch(&mut rng, SUPERVISED_BATCH)
-                .into_iter()
-                .map(|datum| Datum::supervised(datum.tokens, datum.targets, datum.weights));
-            let forward =
-                session.trainer.client.forward_backward(Batch::new(data.collect(), Loss::CrossEntropy));
+            let batch = Batch::new(supervised_batch(&mut rng, SUPERVISED_BATCH), Loss::CrossEntropy);
+            let forward = session.trainer.client.forward_backward(batch);
             let step_done = session.trainer.client.optim_step(AdamParams::new(schedule.at(step)));
             let output = forward.wait(DEADLINE).await?;
             step_done.wait(DEADLINE).await?;
@@ -160,8 +157,7 @@ impl Run {
             let group: Vec<f64> = samples.iter().map(|sample| problem.reward(&sample.tokens)).collect();
             exact += samples.iter().filter(|sample| problem.is_exact(&sample.tokens)).count();
             for (sample, advantage) in samples.iter().zip(group_advantages(&group)) {
-                let datum = problem.policy(&sample.tokens, &sample.logprobs, advantage);
-                data.push(Datum::sampled(datum.tokens, datum.targets, datum.old_logprobs, datum.advantages));
+                data.push(problem.policy(&sample.tokens, &sample.logprobs, advantage));
             }
             if let Some(sample) = samples.first() {
                 if sample.snapshot != policy.identity.as_str() {
