@@ -26,6 +26,8 @@ pub struct Chain {
     settings: ChainSettings,
     state: State,
     last_export: Option<SnapshotId>,
+    /// Deltas saved since the last full snapshot.
+    deltas: u32,
 }
 
 /// What a chain is made with.
@@ -38,11 +40,14 @@ pub struct ChainSettings {
     pub lora: bool,
     /// What the exporter can diff against. Default any.
     pub parents: DeltaParents,
+    /// After how many deltas in a row a base is saved unless a delta is asked for, so that what a restore has to
+    /// read stays bounded. Default 128.
+    pub max_deltas: u32,
 }
 
 impl Default for ChainSettings {
     fn default() -> Self {
-        Self { first: CheckpointType::Base, lora: false, parents: DeltaParents::Any }
+        Self { first: CheckpointType::Base, lora: false, parents: DeltaParents::Any, max_deltas: 128 }
     }
 }
 
@@ -65,6 +70,13 @@ impl ChainSettings {
     #[must_use]
     pub fn with_parents(mut self, parents: DeltaParents) -> Self {
         self.parents = parents;
+        self
+    }
+
+    /// Sets after how many deltas in a row a base is saved.
+    #[must_use]
+    pub fn with_max_deltas(mut self, max_deltas: u32) -> Self {
+        self.max_deltas = max_deltas;
         self
     }
 }
@@ -110,6 +122,8 @@ pub enum Reason {
     Foreign(Option<SnapshotIdentity>),
     /// The trainer can only diff against its last save, which is not what the deployment serves.
     LastExport,
+    /// There are this many deltas since the last full snapshot.
+    Length(u32),
 }
 
 impl fmt::Display for Reason {
@@ -150,7 +164,7 @@ impl Chain {
     /// A chain that knows nothing of the deployment.
     #[must_use]
     pub fn new(settings: ChainSettings) -> Self {
-        Self { settings, state: State::Unknown(Reason::First), last_export: None }
+        Self { settings, state: State::Unknown(Reason::First), last_export: None, deltas: 0 }
     }
 
     /// Chooses what to save. `None` asks for a delta where one is allowed, else a base.
@@ -170,6 +184,9 @@ impl Chain {
             }
             (_, true) => Ok(SavePlan { kind: SnapshotKind::Adapter, parent: None, reason: Reason::Adapter }),
             (Some(CheckpointType::Base), false) => full(Reason::Requested),
+            (None, false) if self.delta_parent().is_ok() && self.deltas >= self.settings.max_deltas => {
+                full(Reason::Length(self.deltas))
+            }
             (requested, false) => match (self.delta_parent(), requested) {
                 (Ok(parent), requested) => Ok(SavePlan {
                     kind: SnapshotKind::Delta,
@@ -188,6 +205,7 @@ impl Chain {
     /// Records that `snapshot` was saved.
     pub fn saved(&mut self, snapshot: &SnapshotRef) {
         self.last_export = Some(snapshot.id.clone());
+        self.deltas = if snapshot.kind == SnapshotKind::Delta { self.deltas.saturating_add(1) } else { 0 };
     }
 
     /// Records that a save failed: what a trainer of [`DeltaParents::LastExported`] would diff against is unknown.

@@ -146,6 +146,27 @@ fn a_delta_fits_by_its_parents_weights_not_by_its_name() {
 }
 
 #[test]
+fn a_long_chain_gets_a_base_by_itself() {
+    let first = base("s0", 0);
+    let mut chain = serving(&first, |settings| settings.with_max_deltas(2));
+    let mut parent = first;
+    for step in 1..=2 {
+        check(&chain, AUTO, Ok((SnapshotKind::Delta, Reason::Confirmed)));
+        parent = delta(&format!("s{step}"), step, &parent);
+        chain.saved(&parent);
+        chain.ordered(&parent.id);
+        assert!(chain.confirmed(&parent.id));
+    }
+    check(&chain, AUTO, Ok((SnapshotKind::Base, Reason::Length(2))));
+    check(&chain, DELTA, Ok((SnapshotKind::Delta, Reason::Requested)));
+    let next = base("s3", 3);
+    chain.saved(&next);
+    chain.ordered(&next.id);
+    assert!(chain.confirmed(&next.id));
+    check(&chain, AUTO, Ok((SnapshotKind::Delta, Reason::Confirmed)));
+}
+
+#[test]
 fn a_lora_save_is_always_the_whole_adapter() {
     let first = base("s0", 0);
     for chain in
