@@ -140,6 +140,7 @@ impl fmt::Display for Reason {
                 write!(f, "the deployment serves {identity}, which cannot be diffed against")
             }
             Self::Foreign(None) => write!(f, "the deployment serves nothing"),
+            Self::Length(deltas) => write!(f, "there are {deltas} deltas since the last base"),
             Self::LastExport => {
                 write!(f, "the trainer diffs only against its last save, which is not served")
             }
