@@ -293,12 +293,12 @@ fn wrong_sequences_are_refused() {
     };
     let refused = |batch: &[Datum]| batch_loss(&model, batch, Loss::CrossEntropy).unwrap_err().to_string();
     assert!(refused(&[]).contains("batch is empty"));
-    assert!(refused(&[datum(vec![])]).contains("sequence is empty"));
+    assert!(refused(&[datum(vec![])]).contains("has no tokens"));
     assert!(refused(&[datum(vec![50])]).contains("token id 50"));
     assert!(refused(&[datum(vec![1; 257])]).contains("257 tokens"));
     let mut uneven = datum(vec![1, 2]);
     uneven.weights.pop();
-    assert!(refused(&[uneven]).contains("1 weights"));
+    assert!(refused(&[uneven]).contains("`weights` has 1 entries for 2 tokens"));
     let mut infinite = datum(vec![1, 2]);
     infinite.weights[0] = f32::NAN;
     assert!(refused(&[infinite]).contains("NaN"));
