@@ -127,7 +127,7 @@ fn fuzz(target: &Target, options: &Options) -> usize {
     }
     let (seconds, (peak, share)) = (start.elapsed().as_secs_f64(), highest());
     println!(
-        "{}: {runs} runs in {seconds:.0} s ({:.0}/s) from {} seeds, {accepted} accepted, most memory {peak} bytes ({}.{} % of the bound), {findings} findings",
+        "{}: {runs} executions in {seconds:.0} s ({:.0}/s) from {} seeds, {accepted} accepted, most memory {peak} bytes ({}.{} % of the bound), {findings} findings",
         target.name,
         runs as f64 / seconds,
         seeds.len(),
