@@ -82,6 +82,12 @@ pub trait Codec: Debug + Send + Sync + 'static {
         None
     }
 
+    /// How many elements the frame of a delta changes, where the format tells it without decoding. Default: it does
+    /// not, and the pipeline compares the elements itself.
+    fn changed(&self, _unit: &UnitMeta<'_>, _encoded: &[u8]) -> Option<u64> {
+        None
+    }
+
     /// Takes a delta back: `target` holds the new bytes and receives the parent's.
     ///
     /// # Errors
@@ -116,6 +122,9 @@ macro_rules! forward {
                 (**self).decode(unit, mode, encoded, target)
             }
             fn checksum(&self, current: &[u8]) -> Option<u32> { (**self).checksum(current) }
+            fn changed(&self, unit: &UnitMeta<'_>, encoded: &[u8]) -> Option<u64> {
+                (**self).changed(unit, encoded)
+            }
             fn revert(&self, unit: &UnitMeta<'_>, encoded: &[u8], target: &mut [u8]) -> Result<()> {
                 (**self).revert(unit, encoded, target)
             }
@@ -167,7 +176,8 @@ impl Modes {
 pub enum Unit {
     /// Not at all: the format knows only whole tensors.
     Whole,
-    /// Into blocks of this many bytes, a multiple of 24 so that every element type fits; the last may be shorter.
+    /// Into blocks of this many bytes, a multiple of 8 so that no element of 1 to 8 bytes is cut; the last may be
+    /// shorter.
     Block(NonZeroUsize),
 }
 

@@ -12,14 +12,14 @@
 use std::num::NonZeroUsize;
 
 #[cfg(any(feature = "lz4", feature = "zstd"))]
-use towline_core::{Error, Mode, Result, UnitMeta};
+use towline_core::Mode;
+use towline_core::{Error, Result, UnitMeta};
 
 #[cfg(any(feature = "lz4", feature = "zstd"))]
 use crate::xor::{xor_into, xor_to};
 
-/// The bytes of a unit: a multiple of 24 just below 256 KiB. On sparse deltas of real training this packs tighter
-/// than 512 KiB, 1 MiB and 2 MiB, and faster: a block, its mask and its frame stay in the cache.
-pub(crate) const BLOCK: NonZeroUsize = NonZeroUsize::new(24 * 10_922).unwrap();
+/// The bytes of a unit. A block, its mask and its frame stay in the cache.
+pub(crate) const BLOCK: NonZeroUsize = NonZeroUsize::new(256 << 10).unwrap();
 
 #[cfg(any(feature = "lz4", feature = "zstd"))]
 const ZERO: u8 = 0;
@@ -28,38 +28,100 @@ const STORED: u8 = 1;
 #[cfg(any(feature = "lz4", feature = "zstd"))]
 const PACKED: u8 = 2;
 
-/// Appends the frame of one unit. `pack` returns the compressed form of what it is given.
+/// What a frame packs.
+#[cfg(any(feature = "lz4", feature = "zstd"))]
+#[derive(Clone, Copy)]
+pub(crate) enum Mask<'a> {
+    /// Bytes as they are.
+    Plain(&'a [u8]),
+    /// The XOR of two strings of one length.
+    Xor(&'a [u8], &'a [u8]),
+}
+
+#[cfg(any(feature = "lz4", feature = "zstd"))]
+impl<'a> Mask<'a> {
+    fn len(self) -> usize {
+        match self {
+            Self::Plain(bytes) | Self::Xor(bytes, _) => bytes.len(),
+        }
+    }
+
+    fn is_zero(self) -> bool {
+        match self {
+            Self::Plain(bytes) => bytes.iter().fold(0, |all, byte| all | byte) == 0,
+            Self::Xor(left, right) => left == right,
+        }
+    }
+
+    /// The bytes, in `buffer` if they are not there yet.
+    pub(crate) fn bytes<'b>(self, buffer: &'b mut Vec<u8>) -> &'b [u8]
+    where
+        'a: 'b,
+    {
+        match self {
+            Self::Plain(bytes) => bytes,
+            Self::Xor(left, right) => {
+                xor_to(buffer, left, right);
+                buffer
+            }
+        }
+    }
+}
+
+/// Appends the frame of one unit. `pack` appends the compressed form of what it is given.
 #[cfg(any(feature = "lz4", feature = "zstd"))]
 pub(crate) fn encode(
     unit: &UnitMeta<'_>,
     parent: Option<&[u8]>,
     current: &[u8],
     out: &mut Vec<u8>,
-    pack: impl FnOnce(&[u8]) -> Result<Vec<u8>>,
+    pack: impl FnOnce(Mask<'_>, &mut Vec<u8>) -> Result<()>,
 ) -> Result<()> {
-    let mut buffer = Vec::new();
     let mask = match parent {
-        None => current,
+        None => Mask::Plain(current),
         Some(parent) => {
             check_parent(unit, parent, current)?;
-            if parent == current {
-                out.push(ZERO);
-                return Ok(());
-            }
-            xor_to(&mut buffer, current, parent);
-            &buffer
+            Mask::Xor(current, parent)
         }
     };
-    if mask.iter().all(|&byte| byte == 0) {
+    encode_mask(mask, out, pack)
+}
+
+#[cfg(any(feature = "lz4", feature = "zstd"))]
+fn encode_mask(
+    mask: Mask<'_>,
+    out: &mut Vec<u8>,
+    pack: impl FnOnce(Mask<'_>, &mut Vec<u8>) -> Result<()>,
+) -> Result<()> {
+    if mask.is_zero() {
         out.push(ZERO);
         return Ok(());
     }
-    let packed = pack(mask)?;
-    let (tag, body) = if packed.len() < mask.len() { (PACKED, &packed[..]) } else { (STORED, mask) };
-    out.reserve_exact(1 + body.len());
-    out.push(tag);
-    out.extend_from_slice(body);
+    let start = out.len();
+    out.push(PACKED);
+    pack(mask, out)?;
+    if out.len() - start > mask.len() {
+        out.truncate(start);
+        out.push(STORED);
+        out.extend_from_slice(mask.bytes(&mut Vec::new()));
+    }
     Ok(())
+}
+
+/// Appends the frame of the delta that does what the frames `first` and `second` do: the masks cancel where they
+/// meet. `unpack` is as for [`decode`], `pack` as for [`encode`].
+#[cfg(any(feature = "lz4", feature = "zstd"))]
+pub(crate) fn compose(
+    unit: &UnitMeta<'_>,
+    [first, second]: [&[u8]; 2],
+    out: &mut Vec<u8>,
+    unpack: impl Fn(&[u8], &mut [u8]) -> Result<()>,
+    pack: impl FnOnce(Mask<'_>, &mut Vec<u8>) -> Result<()>,
+) -> Result<()> {
+    let mut mask = vec![0; unit.len];
+    decode(Mode::Base, first, &mut mask, &unpack)?;
+    decode(Mode::Delta, second, &mut mask, &unpack)?;
+    encode_mask(Mask::Plain(&mask), out, pack)
 }
 
 /// Reads a frame. `unpack` fills its target wholly from the whole of a compressed body, or fails.
@@ -102,7 +164,6 @@ pub(crate) fn decode(
 }
 
 /// A parent must be as long as the current bytes.
-#[cfg(any(feature = "lz4", feature = "zstd"))]
 pub(crate) fn check_parent(unit: &UnitMeta<'_>, parent: &[u8], current: &[u8]) -> Result<()> {
     if parent.len() == current.len() {
         return Ok(());

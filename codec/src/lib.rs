@@ -3,6 +3,7 @@
 //! | id | unit | modes | frame |
 //! |---|---|---|---|
 //! | `raw` | block | base, delta | the current bytes |
+//! | `octave` | block | base, delta | positions and steps by the octave of the old value |
 //! | `zstd` | block | base, delta | zstd of the bytes, or of their XOR with the parent's |
 //! | `lz4` | block | base, delta | the same with LZ4: faster, larger |
 //! | `arc_v1` | whole tensor | delta | zlib of the XOR, in a safetensors file |
@@ -46,8 +47,8 @@ mod arc;
 mod block;
 #[cfg(feature = "lz4")]
 mod lz4;
+mod octave;
 mod raw;
-#[cfg(any(feature = "lz4", feature = "zstd"))]
 mod xor;
 #[cfg(feature = "zstd")]
 mod zframe;
@@ -62,6 +63,7 @@ use towline_core::{Codec, CodecId, Error, Result};
 pub use arc::{ArcV1, ArcV2, ArcV3};
 #[cfg(feature = "lz4")]
 pub use lz4::Lz4;
+pub use octave::{Instructions, Octave};
 pub use raw::Raw;
 #[cfg(feature = "zstd")]
 pub use zstandard::Zstd;
@@ -76,6 +78,7 @@ const MAX_FALLBACK_HEADER: usize = 64 << 10;
 pub fn all() -> Vec<Arc<dyn Codec>> {
     vec![
         Arc::new(Raw),
+        Arc::new(Octave::default()),
         #[cfg(feature = "zstd")]
         Arc::new(Zstd::default()),
         #[cfg(feature = "lz4")]
@@ -93,7 +96,7 @@ pub fn all() -> Vec<Arc<dyn Codec>> {
 /// takes them all.
 #[must_use]
 pub fn auto_order() -> Vec<Arc<dyn Codec>> {
-    let order = ["zstd", "arc_v3", "arc_v2", "lz4", "arc_v1", "raw"];
+    let order = ["octave", "zstd", "arc_v3", "arc_v2", "lz4", "arc_v1", "raw"];
     order.iter().filter_map(|id| by_id(id).ok()).collect()
 }
 

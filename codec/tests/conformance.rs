@@ -7,6 +7,15 @@ use towline_core::testing::CountingAllocator;
 static ALLOCATOR: CountingAllocator = CountingAllocator;
 
 codec_conformance!(raw, towline_codec::by_id("raw").unwrap());
+codec_conformance!(octave, towline_codec::Octave::default());
+codec_conformance!(
+    octave_avx2,
+    towline_codec::Octave::default().with_instructions(towline_codec::Instructions::Avx2)
+);
+codec_conformance!(
+    octave_scalar,
+    towline_codec::Octave::default().with_instructions(towline_codec::Instructions::Scalar)
+);
 #[cfg(feature = "lz4")]
 codec_conformance!(lz4, towline_codec::by_id("lz4").unwrap());
 #[cfg(feature = "zstd")]

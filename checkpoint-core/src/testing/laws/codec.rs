@@ -116,7 +116,7 @@ pub fn stable_id(codec: &dyn Codec, _: &CodecCase) -> Result<(), String> {
 /// What broke.
 pub fn units_tile(codec: &dyn Codec, case: &CodecCase) -> Result<(), String> {
     if let Unit::Block(size) = codec.unit() {
-        ensure!(size.get() % 24 == 0, "blocks of {size} bytes split elements: wanted a multiple of 24");
+        ensure!(size.get() % 8 == 0, "blocks of {size} bytes split elements: wanted a multiple of 8");
     }
     if codec.framing() == Framing::Safetensors {
         ensure!(codec.unit() == Unit::Whole, "the safetensors framing wants whole tensors, not blocks");

@@ -1,0 +1,261 @@
+//! Weights by the octave of their old values.
+//!
+//! An optimizer step of about the learning rate flips a weight only where it crosses a rounding boundary, and the
+//! distance of these boundaries doubles with each octave. So the exponent of the *old* value, which the decoder
+//! has, tells how likely a weight changes, and by how many units in the last place. `codec/FORMAT.md` gives the
+//! format.
+
+mod bits;
+mod classes;
+mod dense;
+mod elem;
+mod rans;
+mod simd;
+mod sparse;
+mod tokens;
+
+use std::cell::RefCell;
+use std::num::NonZeroUsize;
+
+use towline_core::{Codec, CodecId, Error, Mode, Modes, Result, Unit, UnitMeta};
+
+use crate::xor::{xor_into, xor_to};
+use elem::{Elem, width};
+pub use simd::Instructions;
+
+/// The bytes of a block. A matrix of a small model is one; its header does not weigh, and it stays in the cache.
+const BLOCK: NonZeroUsize = NonZeroUsize::new(2 << 20).unwrap();
+/// A block is dense if more than one element in so many changes.
+const DENSE: usize = 6;
+/// Blocks below this many elements have no room for the tables of the dense form.
+const FEW: usize = 4096;
+
+/// The form of a frame, its first byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// Nothing changes; a base of zeros. No body.
+    Same = 0,
+    /// The XOR with the old bytes, or a base as it is.
+    Stored = 1,
+    /// Gaps between changes.
+    Sparse = 2,
+    /// A token for each element.
+    Dense = 3,
+}
+
+/// Codes weights by the octave of their old values: small and fast for the steps of training, and for bases.
+///
+/// Deltas of every element type, sparse and dense; bases. By blocks of 2 MiB. The output depends on the input
+/// alone, not on the machine. A delta cannot be taken back and two cannot be joined without the weights: where a
+/// change lies is told by the old values, and that is where the gain comes from.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Octave {
+    instructions: Instructions,
+}
+
+impl Octave {
+    /// Sets the instructions to work with, for tests and measurements. Default: the best that the processor has;
+    /// what it does not have is replaced by the best below. The output is the same for all.
+    #[must_use]
+    pub fn with_instructions(mut self, instructions: Instructions) -> Self {
+        self.instructions = instructions;
+        self
+    }
+}
+
+/// What a thread keeps from block to block, some MiB.
+#[derive(Debug, Default)]
+struct Scratch {
+    masks: Vec<u64>,
+    // On the heap from the start: the compiler takes minutes over arrays of this size on the stack.
+    tile: Box<simd::TileMasks>,
+    lists: sparse::Lists,
+    changes: sparse::Changes,
+    magnitudes: sparse::Buffers,
+    buffers: dense::Buffers,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Calls a function that is generic over the elements of `unit`.
+macro_rules! by_width {
+    ($unit:expr, $length:expr, $function:ident($($argument:expr),* $(,)?)) => {
+        match width($unit.dtype) {
+            2 if $length % 2 == 0 => $function::<u16>($($argument),*),
+            4 if $length % 4 == 0 => $function::<u32>($($argument),*),
+            8 if $length % 8 == 0 => $function::<u64>($($argument),*),
+            _ => $function::<u8>($($argument),*),
+        }
+    };
+}
+
+impl Codec for Octave {
+    fn id(&self) -> CodecId {
+        CodecId::of("octave")
+    }
+
+    fn unit(&self) -> Unit {
+        Unit::Block(BLOCK)
+    }
+
+    fn modes(&self) -> Modes {
+        Modes::Both
+    }
+
+    fn encode(
+        &self,
+        unit: &UnitMeta<'_>,
+        parent: Option<&[u8]>,
+        current: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
+        if let Some(parent) = parent {
+            crate::block::check_parent(unit, parent, current)?;
+        }
+        check_length(unit, current.len())?;
+        let start = out.len();
+        SCRATCH.with_borrow_mut(|scratch| {
+            by_width!(unit, current.len(), encode(self.instructions, parent, current, scratch, out));
+        });
+        if out.len() - start > current.len() {
+            out.truncate(start);
+            out.push(Form::Stored as u8);
+            match parent {
+                None => out.extend_from_slice(current),
+                Some(parent) => {
+                    let mut mask = Vec::new();
+                    xor_to(&mut mask, current, parent);
+                    out.extend_from_slice(&mask);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn decode(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8]) -> Result<()> {
+        check_length(unit, target.len())?;
+        let (form, body) = form(encoded)?;
+        let decoded = match (form, mode) {
+            (Form::Same | Form::Stored, _) => decode_plain(form, mode, body, target),
+            (Form::Sparse, Mode::Base) => Err(Error::corrupt("a base has no parent to change")),
+            (Form::Sparse | Form::Dense, _) => SCRATCH.with_borrow_mut(|scratch| {
+                by_width!(unit, target.len(), decode(self.instructions, form, mode, body, target, scratch))
+            }),
+        };
+        decoded.map_err(|error| error.context("frame").with_help("copy the file again"))
+    }
+
+    fn changed(&self, unit: &UnitMeta<'_>, encoded: &[u8]) -> Option<u64> {
+        let (form, body) = form(encoded).ok()?;
+        match form {
+            Form::Same => Some(0),
+            Form::Stored => None,
+            Form::Sparse => sparse::changed(body, unit.len).ok().map(|changed| changed as u64),
+            Form::Dense => dense::changed(body).ok(),
+        }
+    }
+}
+
+fn check_length(unit: &UnitMeta<'_>, length: usize) -> Result<()> {
+    if length <= BLOCK.get() {
+        return Ok(());
+    }
+    Err(Error::invalid(format!("tensor `{}`: wanted at most {BLOCK} bytes, found {length}", unit.name))
+        .with_help("cut the tensor as the codec's `unit` says"))
+}
+
+fn form(encoded: &[u8]) -> Result<(Form, &[u8])> {
+    let (&tag, body) = encoded.split_first().ok_or_else(|| Error::corrupt("frame: it is empty"))?;
+    let form = match tag {
+        0 => Form::Same,
+        1 => Form::Stored,
+        2 => Form::Sparse,
+        3 => Form::Dense,
+        other => return Err(Error::corrupt(format!("frame: form {other} is unknown"))),
+    };
+    Ok((form, body))
+}
+
+// Widths and forms stay functions of their own: inlined into one, they take the compiler minutes.
+#[inline(never)]
+fn encode<E: Elem>(
+    level: Instructions,
+    parent: Option<&[u8]>,
+    current: &[u8],
+    scratch: &mut Scratch,
+    out: &mut Vec<u8>,
+) {
+    let new = E::split(current);
+    let Some(parent) = parent else {
+        if current.iter().all(|&byte| byte == 0) {
+            out.push(Form::Same as u8);
+        } else {
+            out.push(Form::Dense as u8);
+            dense::encode_base::<E>(level, new, &mut scratch.buffers, out);
+        }
+        return;
+    };
+    let old = E::split(parent);
+    let changed = simd::differing::<E>(level, old, new, &mut scratch.masks);
+    let few = new.len() < FEW;
+    if changed == 0 {
+        out.push(Form::Same as u8);
+    } else if few || changed * DENSE <= new.len() {
+        out.push(Form::Sparse as u8);
+        sparse::encode::<E>(
+            level,
+            old,
+            new,
+            &scratch.masks,
+            &mut scratch.lists,
+            &mut scratch.tile,
+            &mut scratch.magnitudes,
+            out,
+        );
+    } else {
+        out.push(Form::Dense as u8);
+        dense::encode_delta::<E>(level, old, new, changed, &mut scratch.buffers, out);
+    }
+}
+
+#[inline(never)]
+fn decode<E: Elem>(
+    level: Instructions,
+    form: Form,
+    mode: Mode,
+    body: &[u8],
+    target: &mut [u8],
+    scratch: &mut Scratch,
+) -> Result<()> {
+    let target = E::split_mut(target);
+    match (form, mode) {
+        (Form::Sparse, _) => sparse::decode::<E>(
+            level,
+            body,
+            target,
+            &mut scratch.changes,
+            &mut scratch.tile,
+            &mut scratch.magnitudes,
+        ),
+        (_, Mode::Delta) => dense::decode_delta::<E>(level, body, target, &mut scratch.buffers),
+        (_, Mode::Base) => dense::decode_base::<E>(level, body, target, &mut scratch.buffers),
+    }
+}
+
+fn decode_plain(form: Form, mode: Mode, body: &[u8], target: &mut [u8]) -> Result<()> {
+    if form == Form::Same && !body.is_empty() {
+        return Err(Error::corrupt(format!("{} bytes behind its end", body.len())));
+    }
+    if form == Form::Stored && body.len() != target.len() {
+        return Err(Error::corrupt(format!("wanted {} stored bytes, found {}", target.len(), body.len())));
+    }
+    match (form, mode) {
+        (Form::Stored, Mode::Delta) => xor_into(target, body),
+        (Form::Stored, Mode::Base) => target.copy_from_slice(body),
+        (_, Mode::Base) => target.fill(0),
+        (_, Mode::Delta) => {}
+    }
+    Ok(())
+}

@@ -1,0 +1,564 @@
+//! The loops that depend on the processor, and the only module of this crate with `unsafe` code.
+//!
+//! A [`Kernel`] is written once, for any [`Isa`]. [`Instructions::run`] compiles it for each set of instructions and picks
+//! one at run time. Two things make that sound, and each `unsafe` block names the one it rests on:
+//!
+//! - **token**: an [`Avx2`] or [`Avx512`] is made only in [`Instructions::run`], behind the check that the processor has
+//!   all the features that its methods use;
+//! - **bounds**: a read or write through a pointer stays within a slice or an array of a known length.
+
+#![expect(unsafe_code, reason = "instructions beyond the baseline, behind tokens of what the processor has")]
+
+use super::classes::{Classes, MAX};
+use super::elem::Elem;
+use super::rans::{EncodeTable, LANES};
+
+/// The elements that are ranked at once.
+pub(super) const TILE: usize = 4096;
+/// The words of a mask of a tile.
+const WORDS: usize = TILE / 64;
+
+/// Which instructions a codec may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+#[non_exhaustive]
+pub enum Instructions {
+    /// Those that every processor of the target has.
+    Scalar,
+    /// AVX2 with BMI1, BMI2, LZCNT and POPCNT (x86-64-v3).
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL as well (x86-64-v4).
+    #[default]
+    Avx512,
+}
+
+impl Instructions {
+    /// Every level, the simplest first.
+    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+
+    /// The best level that this processor has, at most this one.
+    #[must_use]
+    pub fn available(self) -> Self {
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        {
+            let v3 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("bmi1")
+                && is_x86_feature_detected!("bmi2")
+                && is_x86_feature_detected!("lzcnt")
+                && is_x86_feature_detected!("popcnt");
+            let v4 = v3
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl");
+            let best = match (v3, v4) {
+                (_, true) => Self::Avx512,
+                (true, false) => Self::Avx2,
+                (false, false) => Self::Scalar,
+            };
+            self.min(best)
+        }
+        #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+        Self::Scalar
+    }
+
+    /// Runs a kernel with the best instructions of this level that the processor has.
+    #[inline]
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self.available() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `available` checked the features.
+            Self::Avx512 => unsafe { run_avx512(kernel) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `available` checked the features.
+            Self::Avx2 => unsafe { run_avx2(kernel) },
+            _ => kernel.run(Scalar),
+        }
+    }
+}
+
+/// A loop that is compiled for each instruction set. `run` must be `#[inline(always)]`.
+pub(super) trait Kernel {
+    type Output;
+    fn run<I: Isa>(self, isa: I) -> Self::Output;
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
+fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(x86::Avx2(()))
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512dq,avx512vl")]
+fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(x86::Avx512(()))
+}
+
+/// What differs from one instruction set to the next. The results are the same for all.
+pub(super) trait Isa: Copy {
+    /// Whether the `rans` methods do anything.
+    const HAS_RANS: bool = false;
+
+    /// Bit `i` is set where byte `i` is not zero.
+    fn nonzero(self, bytes: &[u8; 64]) -> u64;
+
+    /// Fills `masks[class][word]` for the keys of a tile.
+    fn class_masks(
+        self,
+        keys: &[u8; TILE],
+        classes: &Classes,
+        table: &[u8; 256],
+        masks: &mut [[u64; WORDS]; MAX],
+    );
+
+    /// The position of the set bit of `word` that has `rank` set bits below it. There is one.
+    fn select(self, word: u64, rank: u32) -> u32;
+
+    /// The last position of `sums`, which ascend from 0, whose value is at most `rank`.
+    fn find(self, sums: &[u16; WORDS], rank: u16) -> usize;
+
+    /// Decodes whole rounds of [`LANES`] tokens; returns how many tokens and words that were.
+    fn rans_decode(
+        self,
+        _table: &[u32],
+        _classes: &[u8],
+        _tokens: &mut [u8],
+        _words: &[[u8; 2]],
+        _states: &mut [u32; LANES],
+    ) -> (usize, usize) {
+        (0, 0)
+    }
+
+    /// Encodes tokens, a multiple of [`LANES`], from their end; words go below `start`, whose new place is returned.
+    fn rans_encode(
+        self,
+        _table: &EncodeTable,
+        _classes: &[u8],
+        _tokens: &[u8],
+        _buffer: &mut [u16],
+        start: usize,
+        _states: &mut [u32; LANES],
+    ) -> usize {
+        start
+    }
+}
+
+/// The baseline.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Scalar;
+
+impl Isa for Scalar {
+    #[inline(always)]
+    fn nonzero(self, bytes: &[u8; 64]) -> u64 {
+        (0..).zip(bytes).fold(0, |mask, (bit, &byte)| mask | u64::from(byte != 0) << bit)
+    }
+
+    #[inline(always)]
+    fn class_masks(
+        self,
+        keys: &[u8; TILE],
+        classes: &Classes,
+        table: &[u8; 256],
+        masks: &mut [[u64; WORDS]; MAX],
+    ) {
+        masks.iter_mut().take(classes.count()).for_each(|mask| mask.fill(0));
+        for (word, keys) in keys.as_chunks::<64>().0.iter().enumerate() {
+            for (bit, &key) in keys.iter().enumerate() {
+                masks[usize::from(table[usize::from(key)]) % MAX][word] |= 1 << bit;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn select(self, mut word: u64, rank: u32) -> u32 {
+        for _ in 0..rank {
+            word &= word.wrapping_sub(1);
+        }
+        word.trailing_zeros()
+    }
+
+    #[inline(always)]
+    fn find(self, sums: &[u16; WORDS], rank: u16) -> usize {
+        let mut at = 0;
+        for step in [32, 16, 8, 4, 2, 1] {
+            if sums[at + step] <= rank {
+                at += step;
+            }
+        }
+        at
+    }
+}
+
+/// The class of each element of a tile, as masks with running counts.
+#[derive(Debug)]
+pub(super) struct TileMasks {
+    keys: [u8; TILE],
+    masks: [[u64; WORDS]; MAX],
+    sums: [[u16; WORDS]; MAX],
+    counts: [u32; MAX],
+}
+
+impl Default for TileMasks {
+    fn default() -> Self {
+        Self { keys: [0; TILE], masks: [[0; WORDS]; MAX], sums: [[0; WORDS]; MAX], counts: [0; MAX] }
+    }
+}
+
+impl TileMasks {
+    /// Takes at most [`TILE`] elements.
+    #[inline(always)]
+    pub(super) fn fill<E: Elem, I: Isa>(
+        &mut self,
+        isa: I,
+        old: &[E::Raw],
+        classes: &Classes,
+        table: &[u8; 256],
+    ) {
+        self.keys.iter_mut().zip(old).for_each(|(key, &raw)| *key = E::load(raw).key());
+        isa.class_masks(&self.keys, classes, table, &mut self.masks);
+        for class in 0..classes.count() {
+            let (masks, sums) = (&mut self.masks[class], &mut self.sums[class]);
+            if old.len() < TILE {
+                // The keys behind the end are of another tile.
+                let (whole, more) = (old.len() / 64, old.len() % 64);
+                masks[whole..].iter_mut().for_each(|mask| *mask &= (1 << more) - 1);
+                masks[whole + 1..].fill(0);
+            }
+            let mut sum = 0;
+            for (at, mask) in sums.iter_mut().zip(masks.iter()) {
+                *at = sum;
+                sum += mask.count_ones() as u16;
+            }
+            self.counts[class] = u32::from(sum);
+        }
+    }
+
+    /// The elements of `class`.
+    #[inline(always)]
+    pub(super) fn count(&self, class: usize) -> u32 {
+        self.counts[class]
+    }
+
+    /// The elements of `class` before bit `bit` of word `word`.
+    #[inline(always)]
+    pub(super) fn rank(&self, class: usize, word: usize, bit: usize) -> u32 {
+        let below = self.masks[class][word] & ((1 << bit) - 1);
+        u32::from(self.sums[class][word]) + below.count_ones()
+    }
+
+    /// The element of `class` that has `rank` of them before it; there is one.
+    #[inline(always)]
+    pub(super) fn position<I: Isa>(&self, isa: I, class: usize, rank: u32) -> usize {
+        let word = isa.find(&self.sums[class], rank as u16);
+        let rest = rank - u32::from(self.sums[class][word]);
+        word * 64 + isa.select(self.masks[class][word], rest) as usize
+    }
+}
+
+/// Sets the bit of each element that differs, 64 to a word, and returns how many there are.
+pub(super) fn differing<E: Elem>(
+    level: Instructions,
+    old: &[E::Raw],
+    new: &[E::Raw],
+    masks: &mut Vec<u64>,
+) -> usize {
+    masks.clear();
+    masks.reserve(old.len().div_ceil(64));
+    level.run(Differing::<E> { old, new, masks })
+}
+
+struct Differing<'a, E: Elem> {
+    old: &'a [E::Raw],
+    new: &'a [E::Raw],
+    masks: &'a mut Vec<u64>,
+}
+
+impl<E: Elem> Kernel for Differing<'_, E> {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) -> usize {
+        let mut count = 0;
+        for (old, new) in self.old.chunks(64).zip(self.new.chunks(64)) {
+            let mut differs = [0; 64];
+            match (old.first_chunk::<64>(), new.first_chunk::<64>()) {
+                (Some(old), Some(new)) => {
+                    for index in 0..64 {
+                        differs[index] = u8::from(E::load(old[index]) != E::load(new[index]));
+                    }
+                }
+                _ => {
+                    for (to, (old, new)) in differs.iter_mut().zip(old.iter().zip(new)) {
+                        *to = u8::from(E::load(*old) != E::load(*new));
+                    }
+                }
+            }
+            let mask = isa.nonzero(&differs);
+            count += mask.count_ones() as usize;
+            self.masks.push(mask);
+        }
+        count
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{Isa, LANES, MAX, TILE, WORDS};
+    use crate::octave::classes::Classes;
+    use crate::octave::rans::{CHANCE_BITS, EncodeTable, LOWEST, TOTAL};
+
+    /// The processor has AVX2, BMI1, BMI2, LZCNT and POPCNT.
+    #[derive(Debug, Clone, Copy)]
+    pub(super) struct Avx2(pub(super) ());
+
+    /// The processor has what [`Avx2`] says, and AVX-512 F, BW, DQ and VL.
+    #[derive(Debug, Clone, Copy)]
+    pub(super) struct Avx512(pub(super) ());
+
+    /// Fills masks from `at_least(keys of a word, bound)`.
+    #[inline(always)]
+    fn masks_from(
+        keys: &[u8; TILE],
+        classes: &Classes,
+        masks: &mut [[u64; WORDS]; MAX],
+        at_least: impl Fn(&[u8; 64], u8) -> u64,
+    ) {
+        for (word, keys) in keys.as_chunks::<64>().0.iter().enumerate() {
+            let mut above = u64::MAX;
+            for (class, &bound) in classes.bounds().iter().enumerate() {
+                let from_here = at_least(keys, bound);
+                masks[class % MAX][word] = above & !from_here;
+                above = from_here;
+            }
+            masks[classes.bounds().len() % MAX][word] = above;
+        }
+    }
+
+    /// As [`Isa::select`].
+    #[inline(always)]
+    fn select_bmi2(word: u64, rank: u32) -> u32 {
+        // SAFETY: token; both callers hold one that covers BMI2.
+        unsafe { _pdep_u64(1 << rank, word) }.trailing_zeros()
+    }
+
+    impl Isa for Avx2 {
+        #[inline(always)]
+        fn nonzero(self, bytes: &[u8; 64]) -> u64 {
+            self.at_least(bytes, 1)
+        }
+
+        #[inline(always)]
+        fn class_masks(
+            self,
+            keys: &[u8; TILE],
+            classes: &Classes,
+            _: &[u8; 256],
+            masks: &mut [[u64; WORDS]; MAX],
+        ) {
+            masks_from(keys, classes, masks, |keys, bound| self.at_least(keys, bound));
+        }
+
+        #[inline(always)]
+        fn select(self, word: u64, rank: u32) -> u32 {
+            select_bmi2(word, rank)
+        }
+
+        #[inline(always)]
+        fn find(self, sums: &[u16; WORDS], rank: u16) -> usize {
+            super::Scalar.find(sums, rank)
+        }
+    }
+
+    impl Avx2 {
+        /// Bit `i` is set where byte `i` is at least `bound`.
+        #[inline(always)]
+        fn at_least(self, bytes: &[u8; 64], bound: u8) -> u64 {
+            // SAFETY: token; bounds: both halves of 64 bytes.
+            unsafe {
+                let bound = _mm256_set1_epi8(bound.cast_signed());
+                let half = |at: usize| {
+                    let half = _mm256_loadu_si256(bytes.as_ptr().add(at).cast());
+                    let same = _mm256_cmpeq_epi8(_mm256_max_epu8(half, bound), half);
+                    u64::from(_mm256_movemask_epi8(same).cast_unsigned())
+                };
+                half(0) | half(32) << 32
+            }
+        }
+    }
+
+    impl Isa for Avx512 {
+        const HAS_RANS: bool = true;
+
+        #[inline(always)]
+        fn nonzero(self, bytes: &[u8; 64]) -> u64 {
+            // SAFETY: token; bounds: 64 bytes.
+            unsafe {
+                let bytes = _mm512_loadu_si512(bytes.as_ptr().cast());
+                _mm512_test_epi8_mask(bytes, bytes)
+            }
+        }
+
+        #[inline(always)]
+        fn class_masks(
+            self,
+            keys: &[u8; TILE],
+            classes: &Classes,
+            _: &[u8; 256],
+            masks: &mut [[u64; WORDS]; MAX],
+        ) {
+            masks_from(keys, classes, masks, |keys, bound| {
+                // SAFETY: token; bounds: 64 bytes.
+                unsafe {
+                    let keys = _mm512_loadu_si512(keys.as_ptr().cast());
+                    _mm512_cmpge_epu8_mask(keys, _mm512_set1_epi8(bound.cast_signed()))
+                }
+            });
+        }
+
+        #[inline(always)]
+        fn select(self, word: u64, rank: u32) -> u32 {
+            select_bmi2(word, rank)
+        }
+
+        #[inline(always)]
+        fn find(self, sums: &[u16; WORDS], rank: u16) -> usize {
+            // SAFETY: token; bounds: two halves of 64 words of 2 bytes.
+            let at_most = unsafe {
+                let rank = _mm512_set1_epi16(rank.cast_signed());
+                let low = _mm512_cmple_epu16_mask(_mm512_loadu_si512(sums.as_ptr().cast()), rank);
+                let high = _mm512_cmple_epu16_mask(_mm512_loadu_si512(sums.as_ptr().add(32).cast()), rank);
+                u64::from(low) | u64::from(high) << 32
+            };
+            // The first sum is 0.
+            at_most.count_ones() as usize - 1
+        }
+
+        #[inline(always)]
+        fn rans_decode(
+            self,
+            table: &[u32],
+            classes: &[u8],
+            tokens: &mut [u8],
+            words: &[[u8; 2]],
+            states: &mut [u32; LANES],
+        ) -> (usize, usize) {
+            let slots = table.len() >> CHANCE_BITS;
+            let rounds = tokens.len().min(classes.len()) / LANES;
+            if slots == 0 || slots > MAX {
+                return (0, 0);
+            }
+            let (mut done, mut read) = (0, 0);
+            // SAFETY: token; bounds: `states` has two halves of 16; a round starts only if 32 tokens, 32 classes and
+            // 32 words are left, and reads at most 16 words behind at most 16 that the first half took; an index
+            // into the table is below slots * 4096 because the class is clamped and the slot has 12 bits.
+            unsafe {
+                let mut state = [
+                    _mm512_loadu_si512(states.as_ptr().cast()),
+                    _mm512_loadu_si512(states.as_ptr().add(16).cast()),
+                ];
+                let highest = _mm512_set1_epi32((slots - 1) as i32);
+                let one = _mm512_set1_epi32(1);
+                for _ in 0..rounds {
+                    if words.len() - read < LANES {
+                        break;
+                    }
+                    for (half, x) in state.iter_mut().enumerate() {
+                        let at = done + half * 16;
+                        let class = _mm512_cvtepu8_epi32(_mm_loadu_si128(classes.as_ptr().add(at).cast()));
+                        let class = _mm512_min_epu32(class, highest);
+                        let slot = _mm512_and_si512(*x, _mm512_set1_epi32((TOTAL - 1) as i32));
+                        let index = _mm512_or_si512(_mm512_slli_epi32::<CHANCE_BITS>(class), slot);
+                        let entry = _mm512_i32gather_epi32::<4>(index, table.as_ptr().cast());
+                        let chance =
+                            _mm512_and_si512(_mm512_srli_epi32::<8>(entry), _mm512_set1_epi32(0xfff));
+                        let chance = _mm512_add_epi32(chance, one);
+                        let next = _mm512_mullo_epi32(chance, _mm512_srli_epi32::<CHANCE_BITS>(*x));
+                        let next = _mm512_add_epi32(next, _mm512_srli_epi32::<20>(entry));
+                        let short = _mm512_cmplt_epu32_mask(next, _mm512_set1_epi32(LOWEST as i32));
+                        let more = _mm512_cvtepu16_epi32(_mm256_loadu_si256(words.as_ptr().add(read).cast()));
+                        let more = _mm512_maskz_expand_epi32(short, more);
+                        *x = _mm512_mask_or_epi32(next, short, _mm512_slli_epi32::<16>(next), more);
+                        read += short.count_ones() as usize;
+                        _mm_storeu_si128(tokens.as_mut_ptr().add(at).cast(), _mm512_cvtepi32_epi8(entry));
+                    }
+                    done += LANES;
+                }
+                _mm512_storeu_si512(states.as_mut_ptr().cast(), state[0]);
+                _mm512_storeu_si512(states.as_mut_ptr().add(16).cast(), state[1]);
+            }
+            (done, read)
+        }
+
+        #[inline(always)]
+        fn rans_encode(
+            self,
+            table: &EncodeTable,
+            classes: &[u8],
+            tokens: &[u8],
+            buffer: &mut [u16],
+            mut start: usize,
+            states: &mut [u32; LANES],
+        ) -> usize {
+            let slots = table.packed.len().min(table.reciprocal.len()) / 256;
+            let rounds = tokens.len().min(classes.len()) / LANES;
+            assert!(
+                slots > 0 && start <= buffer.len() && rounds * LANES <= start,
+                "a token takes at most one word"
+            );
+            // SAFETY: token; bounds: `states` has two halves of 16; rounds are whole; an index into the tables is
+            // below slots * 256 because the class is clamped and a token has 8 bits; each token writes at most one
+            // word, and there are `start` words for rounds * LANES tokens.
+            unsafe {
+                let mut state = [
+                    _mm512_loadu_si512(states.as_ptr().cast()),
+                    _mm512_loadu_si512(states.as_ptr().add(16).cast()),
+                ];
+                let highest = _mm512_set1_epi32((slots - 1) as i32);
+                for round in (0..rounds).rev() {
+                    for half in [1, 0] {
+                        let x = &mut state[half];
+                        let at = round * LANES + half * 16;
+                        let class = _mm512_cvtepu8_epi32(_mm_loadu_si128(classes.as_ptr().add(at).cast()));
+                        let class = _mm512_min_epu32(class, highest);
+                        let token = _mm512_cvtepu8_epi32(_mm_loadu_si128(tokens.as_ptr().add(at).cast()));
+                        let index = _mm512_or_si512(_mm512_slli_epi32::<8>(class), token);
+                        let packed = _mm512_i32gather_epi32::<4>(index, table.packed.as_ptr().cast());
+                        let reciprocal = _mm512_i32gather_epi32::<4>(index, table.reciprocal.as_ptr().cast());
+                        let chance = _mm512_and_si512(packed, _mm512_set1_epi32(0x1fff));
+                        let before =
+                            _mm512_and_si512(_mm512_srli_epi32::<13>(packed), _mm512_set1_epi32(0xfff));
+                        let shift = _mm512_add_epi32(_mm512_srli_epi32::<25>(packed), _mm512_set1_epi32(31));
+                        let full = _mm512_cmpge_epu32_mask(*x, _mm512_slli_epi32::<19>(chance));
+                        let count = full.count_ones() as usize;
+                        let words = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(full, *x));
+                        start -= count;
+                        _mm256_mask_storeu_epi16(
+                            buffer.as_mut_ptr().add(start).cast(),
+                            ((1u32 << count) - 1) as __mmask16,
+                            words,
+                        );
+                        let y = _mm512_mask_srli_epi32::<16>(*x, full, *x);
+                        // The products of the even and of the odd states, 64 bits each.
+                        let even = _mm512_srlv_epi64(
+                            _mm512_mul_epu32(y, reciprocal),
+                            _mm512_and_si512(shift, _mm512_set1_epi64(0xffff_ffff)),
+                        );
+                        let odd = _mm512_srlv_epi64(
+                            _mm512_mul_epu32(_mm512_srli_epi64::<32>(y), _mm512_srli_epi64::<32>(reciprocal)),
+                            _mm512_srli_epi64::<32>(shift),
+                        );
+                        let quotient = _mm512_or_si512(even, _mm512_slli_epi64::<32>(odd));
+                        let rest = _mm512_sub_epi32(_mm512_set1_epi32(TOTAL as i32), chance);
+                        let grown = _mm512_mullo_epi32(quotient, rest);
+                        *x = _mm512_add_epi32(_mm512_add_epi32(y, before), grown);
+                    }
+                }
+                _mm512_storeu_si512(states.as_mut_ptr().cast(), state[0]);
+                _mm512_storeu_si512(states.as_mut_ptr().add(16).cast(), state[1]);
+            }
+            start
+        }
+    }
+}
