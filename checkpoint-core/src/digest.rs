@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+use twox_hash::XxHash3_128;
 
 use crate::{DType, Error, Result};
 
@@ -27,11 +27,15 @@ impl TensorDigest {
 
     /// The digest of a tensor from the digests of its blocks, in order.
     pub fn of_blocks(blocks: impl IntoIterator<Item = u128>) -> Self {
-        let mut hasher = Xxh3::new();
-        for block in blocks {
-            hasher.update(&block.to_be_bytes());
-        }
-        Self(hasher.digest128().to_be_bytes())
+        let blocks: Vec<u8> = blocks.into_iter().flat_map(u128::to_be_bytes).collect();
+        Self(XxHash3_128::oneshot(&blocks).to_be_bytes())
+    }
+
+    /// What a container keeps for each of a tensor's units: the first 4 bytes, big-endian.
+    #[must_use]
+    pub fn check(&self) -> u32 {
+        let [a, b, c, d, ..] = self.0;
+        u32::from_be_bytes([a, b, c, d])
     }
 
     /// A digest read from a file.
@@ -50,7 +54,7 @@ impl TensorDigest {
 /// XXH3-128 of at most [`DIGEST_BLOCK`] bytes.
 #[must_use]
 pub fn block_digest(block: &[u8]) -> u128 {
-    xxh3_128(block)
+    XxHash3_128::oneshot(block)
 }
 
 /// The identity of a set of weights however it is stored: BLAKE3 over the sorted

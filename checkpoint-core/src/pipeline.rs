@@ -2,14 +2,17 @@
 //! results, and keeps a bounded number of bytes in memory.
 
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 
 use crate::digest::{DIGEST_BLOCK, block_digest};
+use crate::id::shown;
+use crate::shard::EncodedTensor;
 use crate::tensor::same_tensors;
-use crate::{Codec, Error, Mode, Result, TensorDigest, TensorMeta, TensorSource, UnitMeta};
+use crate::{Codec, Error, Mode, Result, TensorDigest, TensorMeta, TensorSource, Unit, UnitMeta};
 
 /// How many threads and how much memory a run may use.
 #[derive(Debug, Clone, Copy)]
@@ -17,13 +20,13 @@ use crate::{Codec, Error, Mode, Result, TensorDigest, TensorMeta, TensorSource, 
 pub struct Limits {
     /// Threads that encode or decode. Default 1: the caller knows the machine.
     pub threads: NonZeroUsize,
-    /// Plain bytes of tensors in work at once. One tensor is always in work, however large. Default 64 MiB.
+    /// Plain bytes in work at once. One unit of the codec is always in work, however large. Default 32 MiB.
     pub window: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { threads: NonZeroUsize::MIN, window: 64 << 20 }
+        Self { threads: NonZeroUsize::MIN, window: 32 << 20 }
     }
 }
 
@@ -42,25 +45,36 @@ impl Limits {
     }
 }
 
-/// One encoded tensor, ready to be written.
+/// Encoded units of one tensor, one after the other, ready to be written.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Encoded {
     /// The frame of each unit.
     pub frames: Vec<Vec<u8>>,
+    /// The check of each unit's new bytes, where the tensor has more units than one.
+    pub checks: Vec<u32>,
+    /// What is known of the tensor as a whole, with its last units. Tensors larger than the window come in parts.
+    pub whole: Option<Summary>,
+}
+
+/// What is known of a tensor when all of it was encoded.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Summary {
     /// The digest of the new tensor.
     pub digest: TensorDigest,
     /// The digest of the parent's tensor, for a delta.
     pub parent_digest: Option<TensorDigest>,
-    /// The codec's own checksum of the new tensor.
+    /// The codec's own checksum of the new tensor, for a codec of whole tensors.
     pub checksum: Option<u32>,
     /// Elements that differ from the parent's; for a base, all. Sub-byte elements are counted by bytes.
     pub changed: u64,
 }
 
-/// Encodes the tensors of `current` in order, whole or against `parent`, and hands each to `emit`.
+/// Encodes the tensors of `current` in order, whole or against `parent`, and hands their units to `emit` in order.
 ///
-/// Output does not depend on the number of threads. Memory: the window's tensors, their parents and their frames.
+/// Output does not depend on the number of threads. A tensor above the window is read, encoded and handed on in
+/// parts, unless the codec takes tensors whole. Memory: the window's bytes, their parents and their frames.
 ///
 /// # Errors
 /// `Invalid` if the sets differ in a name, dtype or shape; what the sources, the codec or `emit` answer.
@@ -75,24 +89,305 @@ pub fn encode(
         same_tensors(parent.tensors(), current.tensors())
             .map_err(|error| error.context("the weights do not fit their parent").with_help("save a base"))?;
     }
-    let metas = current.tensors();
-    let mut next = 0;
-    while next < metas.len() {
-        let mut batch = Vec::new();
-        let mut size = 0usize;
-        while let Some(meta) = metas.get(next)
-            && (batch.is_empty() || size.saturating_add(meta.byte_len()) <= limits.window)
+    let unit = codec.unit();
+    let mut spans = current
+        .tensors()
+        .iter()
+        .enumerate()
+        .flat_map(|(index, meta)| spans(unit, meta.byte_len()).map(move |range| (index, meta, range)))
+        .peekable();
+    let mut whole: Option<(usize, Pair)> = None;
+    let mut open = Open::default();
+    while spans.peek().is_some() {
+        let (mut batch, mut size) = (Vec::new(), 0usize);
+        while let Some((index, meta, range)) =
+            spans.next_if(|span| batch.is_empty() || size.saturating_add(span.2.len()) <= limits.window)
         {
-            size = size.saturating_add(meta.byte_len());
-            let old = parent.map(|parent| parent.read(next)).transpose()?;
-            batch.push((meta, current.read(next)?, old));
-            next += 1;
+            size = size.saturating_add(range.len());
+            let read = match &whole {
+                // Larger ones are read span by span, on the thread that works on the span.
+                _ if meta.byte_len() > limits.window && unit != Unit::Whole => None,
+                Some((at, pair)) if *at == index => Some(pair.clone()),
+                _ => {
+                    let pair = Pair::read(current, parent, index, None)?;
+                    whole = Some((index, pair.clone()));
+                    Some(pair)
+                }
+            };
+            batch.push(Job { index, meta, range, read, done: Mutex::default() });
         }
-        for (tensor, encoded) in batch.iter().zip(encode_batch(codec, &batch, limits.threads)?) {
-            emit(tensor.0, encoded)?;
+        run(batch.len(), limits.threads, |at| batch.get(at).map_or(Ok(()), |job| job.run(codec, current, parent)))?;
+        for job in &batch {
+            open.add(job, std::mem::take(&mut *job.done.lock().map_err(poisoned)?), emit)?;
+        }
+        open.flush(emit)?;
+    }
+    Ok(())
+}
+
+/// The bytes of a tensor and of its parent.
+#[derive(Clone)]
+struct Pair {
+    current: Bytes,
+    parent: Option<Bytes>,
+}
+
+impl Pair {
+    fn read(
+        current: &dyn TensorSource,
+        parent: Option<&dyn TensorSource>,
+        index: usize,
+        range: Option<Range<usize>>,
+    ) -> Result<Self> {
+        let read = |source: &dyn TensorSource| match &range {
+            Some(range) => source.read_range(index, range.clone()),
+            None => source.read(index),
+        };
+        Ok(Self { current: read(current)?, parent: parent.map(read).transpose()? })
+    }
+
+    fn slice(&self, range: &Range<usize>) -> Self {
+        let slice = |bytes: &Bytes| bytes.slice(range.clone());
+        Self { current: slice(&self.current), parent: self.parent.as_ref().map(slice) }
+    }
+}
+
+/// One span of a tensor: what one thread encodes and digests while it is in the cache.
+struct Job<'a> {
+    index: usize,
+    meta: &'a TensorMeta,
+    range: Range<usize>,
+    /// The whole tensor, if it was read.
+    read: Option<Pair>,
+    done: Mutex<Done>,
+}
+
+/// What came of a span.
+#[derive(Default)]
+struct Done {
+    frames: Vec<Vec<u8>>,
+    checks: Vec<u32>,
+    blocks: Vec<u128>,
+    parent_blocks: Option<Vec<u128>>,
+    checksum: Option<u32>,
+    changed: u64,
+}
+
+impl Job<'_> {
+    fn run(&self, codec: &dyn Codec, current: &dyn TensorSource, parent: Option<&dyn TensorSource>) -> Result<()> {
+        let pair = match &self.read {
+            Some(pair) => pair.slice(&self.range),
+            None => Pair::read(current, parent, self.index, Some(self.range.clone()))?,
+        };
+        if pair.current.len() != self.range.len() || pair.parent.iter().any(|old| old.len() != self.range.len()) {
+            return Err(Error::invalid(format!(
+                "tensor {}: its source gave other than {} bytes",
+                shown(self.meta.name()),
+                self.range.len()
+            )));
+        }
+        let mut done = Done::default();
+        let checked = units(codec.unit(), self.meta) > 1;
+        for range in codec.unit().ranges(self.range.len()) {
+            let unit = UnitMeta::new(self.meta, self.range.start + range.start..self.range.start + range.end);
+            let current = &pair.current[range.clone()];
+            let parent = pair.parent.as_ref().map(|parent| &parent[range]);
+            let mut frame = Vec::new();
+            codec.encode(&unit, parent, current, &mut frame).map_err(|error| {
+                error.context(format_args!("tensor `{}`, byte {}", unit.name, unit.offset))
+            })?;
+            done.changed += match parent.and_then(|_| codec.changed(&unit, &frame)) {
+                Some(changed) => changed,
+                None => changed(self.meta, parent, current),
+            };
+            // The buffer grew by doubling; many frames wait to be written.
+            frame.shrink_to_fit();
+            done.frames.push(frame);
+            done.checks.extend(checked.then(|| TensorDigest::of(current).check()));
+        }
+        done.blocks = block_digests(&pair.current);
+        done.parent_blocks = pair.parent.as_deref().map(block_digests);
+        if codec.unit() == Unit::Whole {
+            done.checksum = codec.checksum(&pair.current);
+        }
+        *self.done.lock().map_err(poisoned)? = done;
+        Ok(())
+    }
+}
+
+/// The tensor that is being put together from its spans.
+#[derive(Default)]
+struct Open {
+    meta: Option<TensorMeta>,
+    frames: Vec<Vec<u8>>,
+    checks: Vec<u32>,
+    blocks: Vec<u128>,
+    parent_blocks: Option<Vec<u128>>,
+    changed: u64,
+}
+
+impl Open {
+    fn add(&mut self, job: &Job<'_>, done: Done, emit: &mut dyn FnMut(&TensorMeta, Encoded) -> Result<()>) -> Result<()> {
+        self.meta.get_or_insert_with(|| job.meta.clone());
+        self.frames.extend(done.frames);
+        self.checks.extend(done.checks);
+        self.blocks.extend(done.blocks);
+        if let Some(blocks) = done.parent_blocks {
+            self.parent_blocks.get_or_insert_default().extend(blocks);
+        }
+        self.changed += done.changed;
+        if job.range.end < job.meta.byte_len() {
+            return Ok(());
+        }
+        let end = std::mem::take(self);
+        let whole = Summary {
+            digest: TensorDigest::of_blocks(end.blocks),
+            parent_digest: end.parent_blocks.map(TensorDigest::of_blocks),
+            checksum: done.checksum,
+            changed: end.changed,
+        };
+        emit(job.meta, Encoded { frames: end.frames, checks: end.checks, whole: Some(whole) })
+    }
+
+    /// Hands on what there is of a tensor that goes on in the next batch.
+    fn flush(&mut self, emit: &mut dyn FnMut(&TensorMeta, Encoded) -> Result<()>) -> Result<()> {
+        let (frames, checks) = (std::mem::take(&mut self.frames), std::mem::take(&mut self.checks));
+        match &self.meta {
+            Some(meta) if !frames.is_empty() => emit(meta, Encoded { frames, checks, whole: None }),
+            Some(_) | None => Ok(()),
+        }
+    }
+}
+
+/// The parts of a tensor that one thread works on: whole units and whole blocks of a digest. A unit that neither
+/// divides such a block nor is divided by it makes the tensor one part. An empty tensor is one empty part.
+fn spans(unit: Unit, byte_len: usize) -> impl ExactSizeIterator<Item = Range<usize>> + Clone {
+    let size = match unit {
+        Unit::Block(size) if DIGEST_BLOCK.is_multiple_of(size.get()) => DIGEST_BLOCK,
+        Unit::Block(size) if size.get().is_multiple_of(DIGEST_BLOCK) => size.get(),
+        Unit::Block(_) | Unit::Whole => byte_len.max(1),
+    };
+    (0..byte_len.div_ceil(size).max(1)).map(move |at| at * size..((at + 1).saturating_mul(size)).min(byte_len))
+}
+
+/// How many units a tensor has.
+fn units(unit: Unit, meta: &TensorMeta) -> usize {
+    unit.ranges(meta.byte_len()).len()
+}
+
+fn block_digests(data: &[u8]) -> Vec<u128> {
+    data.chunks(DIGEST_BLOCK).map(block_digest).collect()
+}
+
+/// One tensor to be decoded and checked.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Decode<'a> {
+    /// Its name, type and shape.
+    pub meta: &'a TensorMeta,
+    /// What its file says of it.
+    pub encoded: &'a EncodedTensor,
+    /// The frame of each unit.
+    pub frames: &'a [Bytes],
+    /// The parent's bytes for a delta, anything for a base.
+    pub target: &'a mut [u8],
+}
+
+impl<'a> Decode<'a> {
+    /// All fields.
+    #[must_use]
+    pub fn new(
+        meta: &'a TensorMeta,
+        encoded: &'a EncodedTensor,
+        frames: &'a [Bytes],
+        target: &'a mut [u8],
+    ) -> Self {
+        Self { meta, encoded, frames, target }
+    }
+}
+
+/// Decodes tensors in place, and checks each unit and each tensor while it is in the cache.
+///
+/// # Errors
+/// `Corrupt`, naming the tensor and the byte where the unit begins, if a frame is bad or the result is not what the
+/// file says. All targets are then undefined.
+pub fn decode_all(codec: &dyn Codec, mode: Mode, tensors: Vec<Decode<'_>>, threads: NonZeroUsize) -> Result<()> {
+    let mut jobs = Vec::new();
+    let mut blocks = Vec::new();
+    let mut ends = Vec::new();
+    for tensor in tensors {
+        let Decode { meta, encoded, frames, target } = tensor;
+        check_counts(meta, encoded.unit, frames, target)?;
+        let mut rest = target;
+        let mut first = 0;
+        for span in spans(encoded.unit, meta.byte_len()) {
+            let (part, behind) = rest.split_at_mut(span.len());
+            rest = behind;
+            let count = encoded.unit.ranges(span.len()).len();
+            jobs.push(Mutex::new((meta, encoded, frames.get(first..first + count).unwrap_or_default(), first, span, part)));
+            first += count;
+            blocks.push(Mutex::new((Vec::new(), None)));
+        }
+        ends.push((meta, encoded, jobs.len()));
+    }
+    run(jobs.len(), threads, |at| {
+        let (Some(job), Some(slot)) = (jobs.get(at), blocks.get(at)) else { return Ok(()) };
+        let mut job = job.lock().map_err(poisoned)?;
+        let (meta, encoded, frames, first, span, part) = &mut *job;
+        for ((number, range), frame) in encoded.unit.ranges(part.len()).enumerate().zip(frames.iter()) {
+            let unit = UnitMeta::new(meta, span.start + range.start..span.start + range.end);
+            let context = |error: Error| error.context(format_args!("tensor `{}`, byte {}", unit.name, unit.offset));
+            let target = part.get_mut(range).unwrap_or_default();
+            codec.decode(&unit, mode, frame, target).map_err(context)?;
+            if let Some(&check) = encoded.checks.get(*first + number)
+                && TensorDigest::of(target).check() != check
+            {
+                return Err(context(mismatch("check")));
+            }
+        }
+        let checksum = encoded.checksum.and_then(|_| codec.checksum(part));
+        let digests = if encoded.digest.is_some() { block_digests(part) } else { Vec::new() };
+        *slot.lock().map_err(poisoned)? = (digests, checksum);
+        Ok(())
+    })?;
+    let mut blocks = blocks.into_iter();
+    let mut done = 0;
+    for (meta, encoded, end) in ends {
+        let (mut digests, mut checksum) = (Vec::new(), None);
+        for slot in blocks.by_ref().take(end - done) {
+            let (more, sum) = slot.into_inner().map_err(poisoned)?;
+            digests.extend(more);
+            checksum = sum;
+        }
+        done = end;
+        let wrong = |what: &str| Err(mismatch(what).context(format_args!("tensor `{}`", meta.name())));
+        if encoded.checksum.is_some_and(|wanted| checksum != Some(wanted)) {
+            return wrong("checksum");
+        }
+        if encoded.digest.is_some_and(|wanted| TensorDigest::of_blocks(digests) != wanted) {
+            return wrong("digest");
         }
     }
     Ok(())
+}
+
+fn mismatch(what: &str) -> Error {
+    Error::corrupt(format!("the decoded bytes do not match their {what}"))
+        .with_help("check that the delta's parent is the right one, then copy the file again")
+}
+
+fn check_counts(meta: &TensorMeta, unit: Unit, frames: &[Bytes], target: &[u8]) -> Result<()> {
+    let wanted = units(unit, meta);
+    if wanted == frames.len() && target.len() == meta.byte_len() {
+        return Ok(());
+    }
+    Err(Error::corrupt(format!(
+        "tensor `{}`: wanted {wanted} frames for {} bytes, found {} for {}",
+        meta.name(),
+        meta.byte_len(),
+        frames.len(),
+        target.len()
+    )))
 }
 
 /// Decodes one tensor's frames into `target`, which holds the parent's bytes for a delta, and checks them.
@@ -104,21 +399,12 @@ pub fn decode(
     meta: &TensorMeta,
     mode: Mode,
     frames: &[Bytes],
-    unit: crate::Unit,
+    unit: Unit,
     target: &mut [u8],
     threads: NonZeroUsize,
 ) -> Result<()> {
+    check_counts(meta, unit, frames, target)?;
     let ranges = unit.ranges(meta.byte_len());
-    if ranges.len() != frames.len() || target.len() != meta.byte_len() {
-        return Err(Error::corrupt(format!(
-            "tensor `{}`: wanted {} frames for {} bytes, found {} for {}",
-            meta.name(),
-            ranges.len(),
-            meta.byte_len(),
-            frames.len(),
-            target.len()
-        )));
-    }
     let mut units = Vec::with_capacity(frames.len());
     let mut rest = target;
     for (range, frame) in ranges.zip(frames) {
@@ -149,10 +435,7 @@ pub fn verify(
     digest: Option<&TensorDigest>,
     checksum: Option<u32>,
 ) -> Result<()> {
-    let wrong = |what: &str| {
-        Error::corrupt(format!("tensor `{}`: the decoded bytes do not match their {what}", meta.name()))
-            .with_help("check that the delta's parent is the right one, then copy the file again")
-    };
+    let wrong = |what: &str| mismatch(what).context(format_args!("tensor `{}`", meta.name()));
     if let Some(checksum) = checksum
         && codec.checksum(data) != Some(checksum)
     {
@@ -161,65 +444,6 @@ pub fn verify(
     match digest {
         Some(digest) if TensorDigest::of(data) != *digest => Err(wrong("digest")),
         Some(_) | None => Ok(()),
-    }
-}
-
-type Work<'a> = (&'a TensorMeta, Bytes, Option<Bytes>);
-
-fn encode_batch(codec: &dyn Codec, batch: &[Work<'_>], threads: NonZeroUsize) -> Result<Vec<Encoded>> {
-    let unit = codec.unit();
-    let jobs: Vec<_> = batch
-        .iter()
-        .enumerate()
-        .flat_map(|(tensor, (meta, ..))| unit.ranges(meta.byte_len()).map(move |range| (tensor, range)))
-        .collect();
-    let frames: Vec<Mutex<(Vec<u8>, u64)>> = jobs.iter().map(|_| Mutex::default()).collect();
-    run(jobs.len(), threads, |index| {
-        let (Some((tensor, range)), Some(slot)) = (jobs.get(index), frames.get(index)) else { return Ok(()) };
-        let Some((meta, current, parent)) = batch.get(*tensor) else { return Ok(()) };
-        let current = &current[range.clone()];
-        let parent = parent.as_ref().map(|parent| &parent[range.clone()]);
-        let mut frame = Vec::new();
-        codec
-            .encode(&UnitMeta::new(meta, range.clone()), parent, current, &mut frame)
-            .map_err(|error| error.context(format_args!("tensor `{}`, byte {}", meta.name(), range.start)))?;
-        *slot.lock().map_err(poisoned)? = (frame, changed(meta, parent, current));
-        Ok(())
-    })?;
-    let mut frames = frames.into_iter();
-    batch
-        .iter()
-        .map(|(meta, current, parent)| {
-            let units = frames.by_ref().take(unit.ranges(meta.byte_len()).len());
-            let units: Vec<_> =
-                units.map(|slot| slot.into_inner().map_err(poisoned)).collect::<Result<_>>()?;
-            let changed = units.iter().map(|(_, changed)| changed).sum();
-            Ok(Encoded {
-                frames: units.into_iter().map(|(frame, _)| frame).collect(),
-                digest: tensor_digest(current, threads),
-                parent_digest: parent.as_ref().map(|parent| tensor_digest(parent, threads)),
-                checksum: codec.checksum(current),
-                changed,
-            })
-        })
-        .collect()
-}
-
-fn tensor_digest(data: &[u8], threads: NonZeroUsize) -> TensorDigest {
-    if threads.get() == 1 || data.len() <= 4 * DIGEST_BLOCK {
-        return TensorDigest::of(data);
-    }
-    let blocks: Vec<_> = data.chunks(DIGEST_BLOCK).collect();
-    let digests: Vec<Mutex<u128>> = blocks.iter().map(|_| Mutex::default()).collect();
-    let outcome = run(blocks.len(), threads, |index| {
-        if let (Some(block), Some(slot)) = (blocks.get(index), digests.get(index)) {
-            *slot.lock().map_err(poisoned)? = block_digest(block);
-        }
-        Ok(())
-    });
-    match outcome {
-        Ok(()) => TensorDigest::of_blocks(digests.into_iter().filter_map(|slot| slot.into_inner().ok())),
-        Err(_) => TensorDigest::of(data),
     }
 }
 
@@ -281,7 +505,7 @@ fn poisoned<T>(_: std::sync::PoisonError<T>) -> Error {
 mod tests {
     use super::*;
     use crate::testing::XorCodec;
-    use crate::{DType, Unit, Weights};
+    use crate::{DType, Weights};
 
     fn weights(seed: u8) -> Weights {
         Weights::new((0..20u8).map(|index| {
@@ -310,6 +534,7 @@ mod tests {
             let other = encode_all(threads, window);
             for ((meta, left), (_, right)) in one.iter().zip(&other) {
                 assert_eq!(left.frames, right.frames, "{}", meta.name());
+                let (left, right) = (left.whole.as_ref().unwrap(), right.whole.as_ref().unwrap());
                 assert_eq!(left.digest, right.digest);
                 assert_eq!(left.changed, right.changed);
             }
@@ -323,11 +548,12 @@ mod tests {
             let mut target = weights(9).get(meta.name()).unwrap().1.to_vec();
             let threads = NonZeroUsize::new(3).unwrap();
             decode(&XorCodec, &meta, Mode::Delta, &frames, XorCodec.unit(), &mut target, threads).unwrap();
-            verify(&XorCodec, &meta, &target, Some(&encoded.digest), None).unwrap();
+            let digest = encoded.whole.unwrap().digest;
+            verify(&XorCodec, &meta, &target, Some(&digest), None).unwrap();
             assert_eq!(weights(1).get(meta.name()).unwrap().1, &target);
             if let Some(byte) = target.first_mut() {
                 *byte ^= 1;
-                assert!(verify(&XorCodec, &meta, &target, Some(&encoded.digest), None).is_err());
+                assert!(verify(&XorCodec, &meta, &target, Some(&digest), None).is_err());
             }
             if frames.len() > 1 {
                 assert!(

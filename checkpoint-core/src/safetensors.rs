@@ -239,6 +239,19 @@ impl<S: ByteSource> TensorSource for SafetensorsFiles<S> {
         })?;
         source.read_range(range.clone())
     }
+
+    fn read_range(&self, index: usize, part: Range<usize>) -> Result<Bytes> {
+        let place =
+            self.places.get(index).and_then(|(number, range)| Some((self.sources.get(*number)?, range)));
+        let (source, range) = place.ok_or_else(|| {
+            Error::invalid(format!("tensor {index} of {} was asked for", self.places.len()))
+        })?;
+        let (start, end) = (range.start + part.start as u64, range.start + part.end as u64);
+        if start > end || end > range.end {
+            return Err(Error::invalid(format!("bytes {part:?} of a tensor in {range:?} were asked for")));
+        }
+        source.read_range(start..end)
+    }
 }
 
 fn header_len(source: &dyn ByteSource) -> Result<u64> {

@@ -1,25 +1,29 @@
 //! Files of encoded tensors: Towline's own container, and the safetensors form of the arc formats.
 //!
 //! ```text
-//! container:  "TOWLINE\x01" | frames, tensor by tensor | index | footer (32 bytes)
+//! container:  "TOWLINE\x02" | frames, tensor by tensor | index | footer (32 bytes)
 //! footer:     index start u64 | index length u64 | XXH3-64 of the index u64 | "TOWLIDX\x01"     (little-endian)
-//! index:      codec id | mode | parent content digest (delta) | tensor count | tensors sorted by name
-//! tensor:     shared prefix, suffix length, suffix | dtype | rank, dimensions | tensor digest (16 bytes)
-//!             | unit bytes (0 = whole) | length of each frame
+//! index:      codec id | mode | parent content digest (delta) | unit bytes (0 = whole) | tensor count
+//!             | tensors sorted by name
+//! tensor:     shared prefix | 0, suffix length, suffix, dtype, rank, dimensions
+//!                           or k: the suffix, dtype and dimensions of the k-th tensor before
+//!             | tensor digest (16 bytes) | length of each frame
+//!             | check of each unit (4 bytes), if there are several
 //! ```
-//! Numbers in the index are LEB128. The index stands behind the frames, so a file is written in one pass.
+//! Numbers in the index are LEB128. Layers repeat, so that most tensors of a model look k tensors back for what they
+//! are. A check is the beginning of the unit's own digest. The index stands behind the frames, so a file is written in one pass.
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 use crate::id::shown;
 use crate::safetensors::{ByteSource, Header};
 use crate::{CodecId, ContentDigest, DType, Error, Mode, Result, TensorDigest, TensorMeta, Unit};
 
 /// The first bytes of a container.
-pub const MAGIC: &[u8; 8] = b"TOWLINE\x01";
+pub const MAGIC: &[u8; 8] = b"TOWLINE\x02";
 /// The length of a container's footer.
 pub const FOOTER_LEN: usize = 32;
 const FOOTER_MAGIC: &[u8; 8] = b"TOWLIDX\x01";
@@ -29,6 +33,8 @@ const MAX_RANK: u64 = 64;
 /// How many times longer than the index all names together may be. Names that share a prefix cost at least 24 bytes
 /// each, so real ones stay below 8; without a limit a small index could ask for hundreds of times its size.
 const MAX_NAMES: usize = 32;
+/// How far back a tensor looks for one like it: a layer of a large mixture of experts.
+const MAX_BACK: usize = 4096;
 
 /// One encoded tensor of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,6 +52,8 @@ pub struct EncodedTensor {
     pub digest: Option<TensorDigest>,
     /// The checksum of the decoded tensor in the arc formats.
     pub checksum: Option<u32>,
+    /// The check of each decoded unit ([`TensorDigest::check`]), where there are several; empty in the arc formats.
+    pub checks: Vec<u32>,
 }
 
 /// What a file of encoded tensors says of itself.
@@ -93,7 +101,7 @@ impl ShardIndex {
         let range = index_range(footer, file_len)?;
         let bad = |why: &str| Error::corrupt(format!("container index: {why}"));
         let (_, checksum) = footer.split_at(16);
-        if checksum.get(..8) != Some(&xxh3_64(index).to_le_bytes()[..]) {
+        if checksum.get(..8) != Some(&XxHash3_64::oneshot(index).to_le_bytes()[..]) {
             return Err(bad("its checksum does not match").with_help("copy the file again"));
         }
         let mut reader = Reader { bytes: index };
@@ -106,12 +114,14 @@ impl ShardIndex {
             1 => (Mode::Delta, Some(ContentDigest::from_bytes(reader.array()?))),
             other => return Err(bad(&format!("mode {other} is unknown"))),
         };
+        let unit = NonZeroUsize::new(reader.size()?).map_or(Unit::Whole, Unit::Block);
         let count = reader.number()?;
         let mut tensors: Vec<EncodedTensor> = Vec::new();
+        let mut shared = Vec::new();
         let mut position = MAGIC.len() as u64;
         let mut name_bytes = 0;
         for _ in 0..count {
-            let tensor = reader.tensor(tensors.last().map_or("", |last| &last.name), &mut position)?;
+            let tensor = reader.tensor(&tensors, &mut shared, unit, &mut position)?;
             if tensors.last().is_some_and(|last| last.name >= tensor.name) {
                 return Err(bad("the names are not sorted"));
             }
@@ -152,6 +162,7 @@ impl ShardIndex {
                 frames: vec![entry.range.clone()],
                 digest: None,
                 checksum: Some(checksum),
+                checks: Vec::new(),
             });
         }
         Ok(Self { codec: None, mode: Mode::Delta, parent: None, tensors })
@@ -203,63 +214,83 @@ pub fn index_range(footer: &[u8], file_len: u64) -> Result<Range<u64>> {
 pub struct ContainerWriter {
     head: Vec<u8>,
     body: Vec<u8>,
-    count: u64,
-    last: String,
+    unit: Unit,
+    /// The tensors so far, with the length of the prefix that each shares with the one before.
+    tensors: Vec<(TensorMeta, usize)>,
     position: u64,
 }
 
 impl ContainerWriter {
-    /// A container of `codec`; `parent` is `Some` for a delta. The caller writes [`MAGIC`] first.
+    /// A container of `codec`, which cuts tensors into `unit`s; `parent` is `Some` for a delta. The caller writes
+    /// [`MAGIC`] first.
     #[must_use]
-    pub fn new(codec: &CodecId, parent: Option<&ContentDigest>) -> Self {
+    pub fn new(codec: &CodecId, unit: Unit, parent: Option<&ContentDigest>) -> Self {
         let mut head = Vec::new();
         // A codec id has at most 32 bytes.
         head.push(u8::try_from(codec.as_str().len()).unwrap_or(u8::MAX));
         head.extend_from_slice(codec.as_str().as_bytes());
         head.push(u8::from(parent.is_some()));
         head.extend(parent.into_iter().flat_map(|digest| digest.as_bytes()));
-        Self { head, body: Vec::new(), count: 0, last: String::new(), position: MAGIC.len() as u64 }
+        let size = match unit {
+            Unit::Whole => 0,
+            Unit::Block(size) => size.get() as u64,
+        };
+        put(&mut head, size);
+        Self { head, body: Vec::new(), unit, tensors: Vec::new(), position: MAGIC.len() as u64 }
     }
 
-    /// Records one tensor, whose frames of the given lengths the caller has written. Tensors come sorted by name.
+    /// Records one tensor, whose frames of the given lengths the caller has written; `checks` are those of its units
+    /// if there are several. Tensors come sorted by name.
     ///
     /// # Errors
-    /// `Invalid` if the name does not sort behind the one before.
+    /// `Invalid` if the name does not sort behind the one before; `Internal` if there are not as many frames or
+    /// checks as units.
     pub fn tensor(
         &mut self,
         meta: &TensorMeta,
         digest: &TensorDigest,
-        unit: Unit,
-        frames: impl IntoIterator<Item = usize>,
+        frames: &[usize],
+        checks: &[u32],
     ) -> Result<()> {
-        if self.count > 0 && meta.name() <= self.last.as_str() {
+        let last = self.tensors.last().map_or("", |(last, _)| last.name());
+        if !self.tensors.is_empty() && meta.name() <= last {
             return Err(Error::invalid(format!("tensor {} is out of order", shown(meta.name()))));
         }
-        let shared =
-            self.last.bytes().zip(meta.name().bytes()).take_while(|(left, right)| left == right).count();
-        let suffix = &meta.name().as_bytes()[shared..];
+        let units = self.unit.ranges(meta.byte_len()).len();
+        if frames.len() != units || checks.len() != if units > 1 { units } else { 0 } {
+            return Err(Error::internal(format!(
+                "tensor {} has {units} units, {} frames and {} checks",
+                shown(meta.name()),
+                frames.len(),
+                checks.len()
+            )));
+        }
+        let shared = last.bytes().zip(meta.name().bytes()).take_while(|(left, right)| left == right).count();
+        let same = |(other, prefix): &(TensorMeta, usize)| {
+            other.dtype() == meta.dtype()
+                && other.shape() == meta.shape()
+                && other.name().as_bytes().get(*prefix..) == meta.name().as_bytes().get(shared..)
+        };
         put(&mut self.body, shared as u64);
-        put(&mut self.body, suffix.len() as u64);
-        self.body.extend_from_slice(suffix);
-        self.body.push(dtype_code(meta.dtype()));
-        put(&mut self.body, meta.shape().len() as u64);
-        for &dimension in meta.shape() {
-            put(&mut self.body, dimension as u64);
+        let back = self.tensors.iter().rev().take(MAX_BACK).position(same).map_or(0, |back| back + 1);
+        put(&mut self.body, back as u64);
+        if back == 0 {
+            let suffix = &meta.name().as_bytes()[shared..];
+            put(&mut self.body, suffix.len() as u64);
+            self.body.extend_from_slice(suffix);
+            self.body.push(dtype_code(meta.dtype()));
+            put(&mut self.body, meta.shape().len() as u64);
+            for &dimension in meta.shape() {
+                put(&mut self.body, dimension as u64);
+            }
         }
         self.body.extend_from_slice(digest.as_bytes());
-        put(
-            &mut self.body,
-            match unit {
-                Unit::Whole => 0,
-                Unit::Block(size) => size.get() as u64,
-            },
-        );
-        for length in frames {
+        for &length in frames {
             put(&mut self.body, length as u64);
             self.position += length as u64;
         }
-        self.count += 1;
-        meta.name().clone_into(&mut self.last);
+        self.body.extend(checks.iter().flat_map(|check| check.to_be_bytes()));
+        self.tensors.push((meta.clone(), shared));
         Ok(())
     }
 
@@ -267,14 +298,24 @@ impl ContainerWriter {
     #[must_use]
     pub fn finish(self) -> Vec<u8> {
         let mut bytes = self.head;
-        put(&mut bytes, self.count);
+        put(&mut bytes, self.tensors.len() as u64);
         bytes.extend_from_slice(&self.body);
-        let (length, checksum) = (bytes.len() as u64, xxh3_64(&bytes));
+        let (length, checksum) = (bytes.len() as u64, XxHash3_64::oneshot(&bytes));
         for number in [self.position, length, checksum] {
             bytes.extend_from_slice(&number.to_le_bytes());
         }
         bytes.extend_from_slice(FOOTER_MAGIC);
         bytes
+    }
+}
+
+/// The checks of a tensor of these bytes cut into units: none if it is one.
+#[must_use]
+pub fn unit_checks(unit: Unit, data: &[u8]) -> Vec<u32> {
+    let ranges = unit.ranges(data.len());
+    match ranges.len() {
+        0 | 1 => Vec::new(),
+        _ => ranges.filter_map(|range| data.get(range)).map(|part| TensorDigest::of(part).check()).collect(),
     }
 }
 
@@ -338,26 +379,45 @@ impl<'a> Reader<'a> {
             .map_err(|_| Error::corrupt("container index: a size does not fit this machine"))
     }
 
-    fn tensor(&mut self, last: &str, position: &mut u64) -> Result<EncodedTensor> {
+    /// The next tensor; `shared` holds the lengths of the prefixes of those before.
+    fn tensor(
+        &mut self,
+        before: &[EncodedTensor],
+        shared: &mut Vec<usize>,
+        unit: Unit,
+        position: &mut u64,
+    ) -> Result<EncodedTensor> {
         let bad = |why: &str| Error::corrupt(format!("container index: {why}"));
-        let prefix = self.size()?;
-        let prefix = last.as_bytes().get(..prefix).ok_or_else(|| bad("a shared prefix is too long"))?;
-        let suffix = self.size()?;
-        let name = [prefix, self.take(suffix)?].concat();
-        let name = String::from_utf8(name).map_err(|_| bad("a name is no text"))?;
-        let code = usize::from(self.byte()?);
-        let dtype = *DType::ALL.get(code).ok_or_else(|| bad(&format!("dtype {code} is unknown")))?;
-        let rank = self.number()?;
-        if rank > MAX_RANK {
-            return Err(bad(&format!("{} has {rank} dimensions", shown(&name))));
-        }
-        let shape = (0..rank).map(|_| self.size()).collect::<Result<Vec<_>>>()?;
-        let meta = TensorMeta::new(name, dtype, shape).map_err(|error| bad(error.message()))?;
-        let digest = TensorDigest::from_bytes(self.array()?);
-        let unit = match NonZeroUsize::new(self.size()?) {
-            None => Unit::Whole,
-            Some(size) => Unit::Block(size),
+        let last = before.last().map_or("", |last| &last.name);
+        let length = self.size()?;
+        let prefix = last.as_bytes().get(..length).ok_or_else(|| bad("a shared prefix is too long"))?;
+        shared.push(length);
+        let text = |name: Vec<u8>| String::from_utf8(name).map_err(|_| bad("a name is no text"));
+        let meta = match self.size()? {
+            0 => {
+                let suffix = self.size()?;
+                let name = text([prefix, self.take(suffix)?].concat())?;
+                let code = usize::from(self.byte()?);
+                let dtype =
+                    *DType::ALL.get(code).ok_or_else(|| bad(&format!("dtype {code} is unknown")))?;
+                let rank = self.number()?;
+                if rank > MAX_RANK {
+                    return Err(bad(&format!("{} has {rank} dimensions", shown(&name))));
+                }
+                let shape = (0..rank).map(|_| self.size()).collect::<Result<Vec<_>>>()?;
+                TensorMeta::new(name, dtype, shape)
+            }
+            back => {
+                let like = before.len().checked_sub(back).filter(|_| back <= MAX_BACK);
+                let like = like.and_then(|at| Some((before.get(at)?, *shared.get(at)?)));
+                let like = like.and_then(|(like, prefix)| Some((like.meta.as_ref()?, prefix)));
+                let (like, start) = like.ok_or_else(|| bad("a tensor is like one that is not there"))?;
+                let suffix = like.name().as_bytes().get(start..).unwrap_or_default();
+                TensorMeta::new(text([prefix, suffix].concat())?, like.dtype(), like.shape())
+            }
         };
+        let meta = meta.map_err(|error| bad(error.message()))?;
+        let digest = TensorDigest::from_bytes(self.array()?);
         let count = unit.ranges(meta.byte_len()).len();
         // Each frame's length takes at least one byte of the index.
         if count > self.bytes.len() {
@@ -370,8 +430,12 @@ impl<'a> Reader<'a> {
             frames.push(*position..end);
             *position = end;
         }
+        let checks = match count {
+            0 | 1 => Vec::new(),
+            _ => (0..count).map(|_| Ok(u32::from_be_bytes(self.array()?))).collect::<Result<_>>()?,
+        };
         let name = meta.name().to_owned();
-        Ok(EncodedTensor { name, meta: Some(meta), unit, frames, digest: Some(digest), checksum: None })
+        Ok(EncodedTensor { name, meta: Some(meta), unit, frames, digest: Some(digest), checksum: None, checks })
     }
 }
 
@@ -382,15 +446,15 @@ mod tests {
 
     fn example() -> Vec<u8> {
         let parent = ContentDigest::of_tensors([]);
-        let mut writer = ContainerWriter::new(&CodecId::of("raw"), Some(&parent));
+        let unit = Unit::Block(NonZeroUsize::new(128).unwrap());
+        let mut writer = ContainerWriter::new(&CodecId::of("raw"), unit, Some(&parent));
         let mut file = MAGIC.to_vec();
         for (name, length) in [("layer.0.a", 3), ("layer.0.b", 0), ("layer.1", 300)] {
             let meta = TensorMeta::new(name, DType::U8, [length]).unwrap();
             let data = vec![7; length];
-            let unit = Unit::Block(NonZeroUsize::new(128).unwrap());
-            writer
-                .tensor(&meta, &TensorDigest::of(&data), unit, unit.ranges(length).map(|r| r.len()))
-                .unwrap();
+            let frames: Vec<usize> = unit.ranges(length).map(|range| range.len()).collect();
+            let checks = if frames.len() > 1 { vec![5; frames.len()] } else { Vec::new() };
+            writer.tensor(&meta, &TensorDigest::of(&data), &frames, &checks).unwrap();
             file.extend_from_slice(&data);
         }
         file.extend(writer.finish());
@@ -404,6 +468,7 @@ mod tests {
         assert_eq!(index.mode, Mode::Delta);
         assert_eq!(index.payload_len(), 303);
         assert_eq!(index.get("layer.1").unwrap().frames.len(), 3);
+        assert_eq!(index.get("layer.1").unwrap().checks, [5; 3]);
         assert_eq!(index.get("layer.0.b").unwrap().frames.len(), 0);
     }
 
@@ -422,11 +487,11 @@ mod tests {
 
     #[test]
     fn shared_prefixes_cannot_blow_the_names_up() {
-        let mut writer = ContainerWriter::new(&CodecId::of("raw"), None);
+        let mut writer = ContainerWriter::new(&CodecId::of("raw"), Unit::Whole, None);
         let prefix = "p".repeat(4000);
         for number in 0..1000 {
             let meta = TensorMeta::new(format!("{prefix}{number:04}"), DType::U8, [0]).unwrap();
-            writer.tensor(&meta, &TensorDigest::of(b""), Unit::Whole, [0]).unwrap();
+            writer.tensor(&meta, &TensorDigest::of(b""), &[0], &[]).unwrap();
         }
         let file = Bytes::from([MAGIC.to_vec(), writer.finish()].concat());
         assert!(ShardIndex::read(&file).unwrap_err().message().contains("blow"));
@@ -434,9 +499,9 @@ mod tests {
 
     #[test]
     fn names_come_sorted() {
-        let mut writer = ContainerWriter::new(&CodecId::of("raw"), None);
+        let mut writer = ContainerWriter::new(&CodecId::of("raw"), Unit::Whole, None);
         let meta = |name| TensorMeta::new(name, DType::U8, [0]).unwrap();
-        writer.tensor(&meta("b"), &TensorDigest::of(b""), Unit::Whole, [0]).unwrap();
-        assert!(writer.tensor(&meta("a"), &TensorDigest::of(b""), Unit::Whole, [0]).is_err());
+        writer.tensor(&meta("b"), &TensorDigest::of(b""), &[0], &[]).unwrap();
+        assert!(writer.tensor(&meta("a"), &TensorDigest::of(b""), &[0], &[]).is_err());
     }
 }

@@ -1,5 +1,7 @@
 //! Tensors as named, typed, shaped bytes; sets of them; and where they are read from.
 
+use std::ops::Range;
+
 use bytes::Bytes;
 
 use crate::id::shown;
@@ -76,6 +78,19 @@ pub trait TensorSource: Send + Sync {
     /// # Errors
     /// `Invalid` for an index out of range, `Corrupt` or `Unavailable` as the place it is read from answers.
     fn read(&self, index: usize) -> Result<Bytes>;
+
+    /// A part of tensor `index`, for tensors that are larger than memory. By default the whole is read; a source
+    /// whose reads are not free does better.
+    ///
+    /// # Errors
+    /// As [`TensorSource::read`]; `Invalid` for a range that is not within the tensor.
+    fn read_range(&self, index: usize, range: Range<usize>) -> Result<Bytes> {
+        let whole = self.read(index)?;
+        if range.start > range.end || range.end > whole.len() {
+            return Err(Error::invalid(format!("bytes {range:?} of a tensor of {} were asked for", whole.len())));
+        }
+        Ok(whole.slice(range))
+    }
 }
 
 impl<T: TensorSource + ?Sized> TensorSource for &T {
@@ -85,6 +100,9 @@ impl<T: TensorSource + ?Sized> TensorSource for &T {
     fn read(&self, index: usize) -> Result<Bytes> {
         (**self).read(index)
     }
+    fn read_range(&self, index: usize, range: Range<usize>) -> Result<Bytes> {
+        (**self).read_range(index, range)
+    }
 }
 
 impl<T: TensorSource + ?Sized> TensorSource for std::sync::Arc<T> {
@@ -93,6 +111,9 @@ impl<T: TensorSource + ?Sized> TensorSource for std::sync::Arc<T> {
     }
     fn read(&self, index: usize) -> Result<Bytes> {
         (**self).read(index)
+    }
+    fn read_range(&self, index: usize, range: Range<usize>) -> Result<Bytes> {
+        (**self).read_range(index, range)
     }
 }
 

@@ -7,7 +7,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use towline_core::bytes::Bytes;
-use towline_core::shard::{ContainerWriter, MAGIC, ShardIndex};
+use towline_core::shard::{ContainerWriter, MAGIC, ShardIndex, unit_checks};
 use towline_core::{
     BaseRef, CodecId, DIGEST_BLOCK, DType, FileEntry, JobId, Manifest, ManifestDigest, ManifestHead,
     ParentRef, SessionId, SnapshotId, SnapshotIdentity, SnapshotKind, SnapshotName, TensorDigest,
@@ -92,12 +92,12 @@ fn safetensors_file() {
 fn container() {
     let parent = Weights::default().content_digest();
     for (name, parent) in [("base.container.hex", None), ("delta.container.hex", Some(&parent))] {
-        let mut writer = ContainerWriter::new(&CodecId::of("raw"), parent);
+        let unit = if parent.is_none() { Unit::Whole } else { Unit::Block(NonZeroUsize::new(24).unwrap()) };
+        let mut writer = ContainerWriter::new(&CodecId::of("raw"), unit, parent);
         let mut file = MAGIC.to_vec();
-        for (index, (meta, data)) in weights().iter().enumerate() {
-            let unit = if index % 2 == 0 { Unit::Whole } else { Unit::Block(NonZeroUsize::new(24).unwrap()) };
-            let frames = unit.ranges(data.len()).map(|range| range.len());
-            writer.tensor(meta, &TensorDigest::of(data), unit, frames).unwrap();
+        for (meta, data) in weights().iter() {
+            let frames: Vec<usize> = unit.ranges(data.len()).map(|range| range.len()).collect();
+            writer.tensor(meta, &TensorDigest::of(data), &frames, &unit_checks(unit, data)).unwrap();
             file.extend_from_slice(data);
         }
         file.extend(writer.finish());

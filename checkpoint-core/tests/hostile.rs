@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
 use towline_core::bytes::Bytes;
 use towline_core::safetensors::{Header, SafetensorsFiles, serialize};
-use towline_core::shard::{ContainerWriter, MAGIC, ShardIndex, index_range};
+use towline_core::shard::{ContainerWriter, MAGIC, ShardIndex, index_range, unit_checks};
 use towline_core::testing::{CountingAllocator, strategies, tiny_weights};
 use towline_core::{
     CheckpointRef, CodecId, ContentDigest, DType, FileEntry, JobId, Manifest, ManifestDigest, ManifestHead,
@@ -92,13 +92,12 @@ fn safetensors_file() -> Vec<u8> {
 }
 
 fn container_file() -> Vec<u8> {
-    let mut writer = ContainerWriter::new(&CodecId::of("raw"), Some(&tiny_weights(1).content_digest()));
+    let unit = Unit::Block(24.try_into().unwrap());
+    let mut writer = ContainerWriter::new(&CodecId::of("raw"), unit, Some(&tiny_weights(1).content_digest()));
     let mut file = MAGIC.to_vec();
     for (meta, data) in tiny_weights(2).iter() {
-        let unit = Unit::Block(24.try_into().unwrap());
-        writer
-            .tensor(meta, &TensorDigest::of(data), unit, unit.ranges(data.len()).map(|range| range.len()))
-            .unwrap();
+        let frames: Vec<usize> = unit.ranges(data.len()).map(|range| range.len()).collect();
+        writer.tensor(meta, &TensorDigest::of(data), &frames, &unit_checks(unit, data)).unwrap();
         file.extend_from_slice(data);
     }
     file.extend(writer.finish());
@@ -185,13 +184,13 @@ fn forged_container_indexes() {
     run(6000, (tail, any::<bool>()), |(tail, good_start)| {
         let mut index = Vec::new();
         if good_start {
-            index.extend(b"\x03raw\x00");
+            index.extend(b"\x03raw\x00\x18");
         }
         index.extend(tail);
         let mut file = MAGIC.to_vec();
         let start = file.len() as u64;
         file.extend_from_slice(&index);
-        for number in [start, index.len() as u64, xxhash_rust::xxh3::xxh3_64(&index)] {
+        for number in [start, index.len() as u64, twox_hash::XxHash3_64::oneshot(&index)] {
             file.extend_from_slice(&number.to_le_bytes());
         }
         file.extend_from_slice(b"TOWLIDX\x01");

@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 
 use bytes::Bytes;
 use tempfile::spooled_tempfile;
-use towline_core::pipeline::{self, Encoded, Limits};
+use towline_core::pipeline::{self, Decode, Limits, Summary};
 use towline_core::safetensors::{ByteSource, Header};
 use towline_core::shard::{ContainerWriter, EncodedTensor, MAGIC, ShardIndex};
 use towline_core::{
@@ -186,8 +186,7 @@ pub(crate) fn decode_checked(
     target: &mut [u8],
     threads: NonZeroUsize,
 ) -> Result<()> {
-    pipeline::decode(codec, meta, mode, frames, tensor.unit, target, threads)?;
-    pipeline::verify(codec, meta, target, tensor.digest.as_ref(), tensor.checksum)
+    pipeline::decode_all(codec, mode, vec![Decode::new(meta, tensor, frames, target)], threads)
 }
 
 /// Collects what all forms of a file tell of their tensors.
@@ -268,11 +267,17 @@ fn write_container<W: Write>(
 ) -> Result<ShardSummary> {
     write(out, MAGIC)?;
     let mut tally = Tally::default();
-    let mut lengths: Vec<Vec<usize>> = Vec::new();
+    // The lengths of the frames and the checks of the units of each tensor.
+    let mut units: Vec<(Vec<usize>, Vec<u32>)> = Vec::new();
+    let mut open = (Vec::new(), Vec::new());
     pipeline::encode(codec, current, parent, limits, &mut |meta, encoded| {
         encoded.frames.iter().try_for_each(|frame| write(out, frame))?;
-        lengths.push(encoded.frames.iter().map(Vec::len).collect());
-        add(&mut tally, meta, &encoded);
+        open.0.extend(encoded.frames.iter().map(Vec::len));
+        open.1.extend(encoded.checks);
+        if let Some(whole) = &encoded.whole {
+            units.push(std::mem::take(&mut open));
+            add(&mut tally, meta, whole);
+        }
         Ok(())
     })?;
     let mut summary = tally.summary(current.tensors());
@@ -281,9 +286,9 @@ fn write_container<W: Write>(
         summary.parent_digest.get_or_insert_with(|| ContentDigest::of_tensors([]));
     }
     // The index names the parent, whose digest is known only now.
-    let mut index = ContainerWriter::new(&codec.id(), summary.parent_digest.as_ref());
-    for ((meta, digest), frames) in current.tensors().iter().zip(&summary.digests).zip(lengths) {
-        index.tensor(meta, digest, codec.unit(), frames)?;
+    let mut index = ContainerWriter::new(&codec.id(), codec.unit(), summary.parent_digest.as_ref());
+    for ((meta, digest), (frames, checks)) in current.tensors().iter().zip(&summary.digests).zip(units) {
+        index.tensor(meta, digest, &frames, &checks)?;
     }
     write(out, &index.finish())?;
     Ok(summary)
@@ -301,7 +306,7 @@ fn write_safetensors<W: Write>(
     let mut payloads = Vec::new();
     let mut checksums = BTreeMap::new();
     pipeline::encode(codec, current, parent, limits, &mut |meta, encoded| {
-        let [payload] = encoded.frames.as_slice() else {
+        let ([payload], Some(whole)) = (encoded.frames.as_slice(), &encoded.whole) else {
             return Err(Error::internal(format!(
                 "codec {} made {} frames of tensor `{}`: its form takes one",
                 codec.id(),
@@ -309,13 +314,13 @@ fn write_safetensors<W: Write>(
                 meta.name()
             )));
         };
-        let checksum = encoded.checksum.ok_or_else(|| {
+        let checksum = whole.checksum.ok_or_else(|| {
             Error::internal(format!("codec {} gave no checksum, which its form needs", codec.id()))
         })?;
         write(&mut spool, payload)?;
         payloads.push(TensorMeta::new(meta.name(), DType::U8, [payload.len()])?);
         checksums.insert(meta.name().to_owned(), checksum.to_string());
-        add(&mut tally, meta, &encoded);
+        add(&mut tally, meta, whole);
         Ok(())
     })?;
     write(out, &Header::encode(&payloads, &checksums)?)?;
@@ -324,8 +329,8 @@ fn write_safetensors<W: Write>(
     Ok(tally.summary(current.tensors()))
 }
 
-fn add(tally: &mut Tally, meta: &TensorMeta, encoded: &Encoded) {
-    tally.add(meta, encoded.digest, encoded.parent_digest, encoded.changed);
+fn add(tally: &mut Tally, meta: &TensorMeta, whole: &Summary) {
+    tally.add(meta, whole.digest, whole.parent_digest, whole.changed);
 }
 
 /// As `std::io::copy`, but an error says which side failed.

@@ -42,6 +42,7 @@ macro_rules! targets {
 
 targets! {
     raw: || seeds::frames("raw");
+    octave: || seeds::frames("octave");
     zstd: || seeds::frames("zstd");
     lz4: || seeds::frames("lz4");
     arc_v1: || seeds::frames("arc_v1");
@@ -61,6 +62,11 @@ targets! {
 /// The `raw` codec. The first byte chooses tensor and mode, as for all codecs.
 pub fn raw(data: &[u8]) -> bool {
     frame("raw", data)
+}
+
+/// The `octave` codec.
+pub fn octave(data: &[u8]) -> bool {
+    frame("octave", data)
 }
 
 /// The `zstd` codec.
@@ -179,7 +185,7 @@ fn with_checksum(data: &[u8]) -> Option<Vec<u8>> {
     let (body, footer) = data.split_at_checked(data.len().checked_sub(32)?)?;
     let start = u64::from_le_bytes(*footer.first_chunk()?).clamp(8, body.len().max(8) as u64);
     let index = body.get(start as usize..)?;
-    let numbers = [start, index.len() as u64, xxhash_rust::xxh3::xxh3_64(index)];
+    let numbers = [start, index.len() as u64, twox_hash::XxHash3_64::oneshot(index)];
     let mut repaired = body.to_vec();
     repaired.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
     repaired.extend(b"TOWLIDX\x01");

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use towline_core::bytes::Bytes;
 use towline_core::safetensors::{SafetensorsFiles, serialize};
-use towline_core::shard::{ContainerWriter, MAGIC, ShardIndex};
+use towline_core::shard::{ContainerWriter, MAGIC, ShardIndex, unit_checks};
 use towline_core::{
     Codec, CodecId, ContentDigest, DType, FileEntry, JobId, Manifest, ManifestHead, Mode, SessionId,
     SnapshotKind, SnapshotName, TensorDigest, TensorEntry, TensorMeta, UnitMeta, Weights, WriteId,
@@ -107,16 +107,17 @@ pub fn safetensors() -> Vec<Vec<u8>> {
 pub fn shards() -> Vec<Vec<u8>> {
     let parent = ContentDigest::of_tensors([]);
     let mut seeds = Vec::new();
-    for (id, parent) in [("zstd", Some(&parent)), ("raw", None)] {
+    for (id, parent) in [("octave", Some(&parent)), ("zstd", Some(&parent)), ("raw", None)] {
         let codec = towline_codec::by_id(id).expect("a codec");
         for count in [0, 1, 6] {
             let mut file = MAGIC.to_vec();
-            let mut writer = ContainerWriter::new(&codec.id(), parent);
+            let mut writer = ContainerWriter::new(&codec.id(), codec.unit(), parent);
             for (meta, bytes) in some(count).iter() {
                 let frames: Vec<&[u8]> =
                     codec.unit().ranges(bytes.len()).map(|range| &bytes[range]).collect();
-                let lengths = frames.iter().map(|frame| frame.len());
-                writer.tensor(meta, &TensorDigest::of(bytes), codec.unit(), lengths).expect("in order");
+                let lengths: Vec<usize> = frames.iter().map(|frame| frame.len()).collect();
+                let checks = unit_checks(codec.unit(), bytes);
+                writer.tensor(meta, &TensorDigest::of(bytes), &lengths, &checks).expect("in order");
                 file.extend(frames.concat());
             }
             file.extend(writer.finish());
@@ -124,12 +125,11 @@ pub fn shards() -> Vec<Vec<u8>> {
         }
     }
     // Long names that differ in their end: little to store, much to hold.
-    let mut writer = ContainerWriter::new(&CodecId::of("raw"), None);
+    let mut writer = ContainerWriter::new(&CodecId::of("raw"), towline_core::Unit::Whole, None);
     for number in 0..400 {
         let name = format!("{}{number:04}", "n".repeat(4000));
         let meta = TensorMeta::new(name, DType::U8, [0]).expect("a tensor");
-        let unit = towline_core::Unit::Whole;
-        writer.tensor(&meta, &TensorDigest::of(b""), unit, [0]).expect("in order");
+        writer.tensor(&meta, &TensorDigest::of(b""), &[0], &[]).expect("in order");
     }
     seeds.push([MAGIC.to_vec(), writer.finish()].concat());
     seeds.extend(golden().filter(|(name, _)| name.starts_with("delta2")).map(|(_, file)| file.to_vec()));

@@ -195,7 +195,7 @@ fn write(level: Instructions, classes: &Classes, lists: &Lists, buffers: &mut Bu
             }
             other => {
                 bits.put(1, 1);
-                other.write(&mut bits, coded);
+                other.write(&mut bits, false);
             }
         }
         magnitudes.write(&mut bits, coded);

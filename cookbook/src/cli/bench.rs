@@ -145,7 +145,8 @@ fn measure(codec: &dyn Codec, options: &Options) -> Result<Row> {
         let started = Instant::now();
         for ((meta, frames, out), target) in encoded.iter().zip(&mut targets) {
             pipeline::decode(codec, meta, Mode::Delta, frames, codec.unit(), target, limits.threads)?;
-            pipeline::verify(codec, meta, target, Some(&out.digest), out.checksum)?;
+            let whole = out.whole.as_ref();
+            pipeline::verify(codec, meta, target, whole.map(|whole| &whole.digest), whole.and_then(|whole| whole.checksum))?;
         }
         decode.push(started.elapsed().as_secs_f64());
     }

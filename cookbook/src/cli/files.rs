@@ -1,5 +1,6 @@
 //! Plain and encoded weights in files and directories.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -86,6 +87,13 @@ impl<S: TensorSource> TensorSource for Subset<'_, S> {
             None => Err(Error::invalid(format!("tensor {index} of {} was asked for", self.places.len()))),
         }
     }
+
+    fn read_range(&self, index: usize, range: Range<usize>) -> Result<Bytes> {
+        match self.places.get(index) {
+            Some(&place) => self.source.read_range(place, range),
+            None => Err(Error::invalid(format!("tensor {index} of {} was asked for", self.places.len()))),
+        }
+    }
 }
 
 /// A source whose reads move a progress bar.
@@ -99,6 +107,12 @@ impl<S: TensorSource> TensorSource for Counted<'_, S> {
 
     fn read(&self, index: usize) -> Result<Bytes> {
         let bytes = self.0.read(index)?;
+        self.1.add(bytes.len() as u64);
+        Ok(bytes)
+    }
+
+    fn read_range(&self, index: usize, range: Range<usize>) -> Result<Bytes> {
+        let bytes = self.0.read_range(index, range)?;
         self.1.add(bytes.len() as u64);
         Ok(bytes)
     }

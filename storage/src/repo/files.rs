@@ -241,6 +241,10 @@ impl TensorSource for Part<'_> {
     fn read(&self, index: usize) -> Result<Bytes> {
         self.source.read(self.start + index)
     }
+
+    fn read_range(&self, index: usize, range: Range<usize>) -> Result<Bytes> {
+        self.source.read_range(self.start + index, range)
+    }
 }
 
 /// Cuts what is written into blocks, digests them, and sends them on.
