@@ -10,7 +10,7 @@ use super::bits::{BitReader, BitWriter, low};
 use super::classes::{Census, Classes, MAX};
 use super::elem::Elem;
 use super::rans::{self, Chances, DecodeTable, EncodeTable, Words};
-use super::simd::Instructions;
+use super::simd::{Instructions, Isa, Kernel};
 use super::tokens::Tokens;
 
 /// About the bits of a class in the header, its table included.
@@ -58,42 +58,51 @@ pub(super) fn encode_base<E: Elem>(
     let start = window::<E>(new, shift, tokens);
     let origin = E::narrow(start.checked_shl(shift).unwrap_or(0));
     let high = |raw: &E::Raw| E::load(*raw).sign_last().minus(origin).wide() >> shift;
-    buffers.tokens.clear();
-    buffers.tokens.extend(new.iter().map(|raw| high(raw).min(255) as u8));
+    buffers.tokens.resize(new.len(), 0);
+    level.run(High::<E> { new, origin, shift, tokens: &mut buffers.tokens });
     let mut counts = [0; 256];
     count(&buffers.tokens, &mut counts);
-    let far = counts[tokens.direct.min(256) as usize..].iter().any(|&count| count > 0);
+    let direct = tokens.direct.min(256) as usize;
+    let far = counts[direct..].iter().any(|&count| count > 0);
     if far {
-        for (token, raw) in
-            buffers.tokens.iter_mut().zip(new).filter(|(token, _)| u64::from(**token) >= tokens.direct)
-        {
-            *token = tokens.of(high(raw));
-        }
-        counts[tokens.direct as usize..].fill(0);
-        let far = buffers.tokens.iter().filter(|token| u64::from(**token) >= tokens.direct);
-        far.for_each(|&token| counts[usize::from(token)] += 1);
+        counts[direct..].fill(0);
+        for_far(&mut buffers.tokens, direct as u8, |at, token| {
+            *token = tokens.of(high(&new[at]));
+            counts[usize::from(*token)] += 1;
+        });
     }
     buffers.classes.clear();
     buffers.classes.resize(new.len(), 0);
     let chances = [Chances::of(&counts)];
     buffers.encode.fill(&chances);
     let stream = rans::encode(level, &buffers.encode, &buffers.classes, &buffers.tokens, &mut buffers.words);
+    out.reserve(4096 + 2 * stream.words() + new.len() * shift as usize / 8);
     let mut bits = BitWriter::new(out);
     bits.put(start, 16);
     chances[0].write(&mut bits);
     bits.exp_golomb(stream.words() as u64, COUNT_ORDER);
     bits.finish();
     stream.write(out);
-    pack::<E>(new, shift, out);
+    level.run(Pack::<E> { new, shift, out });
     if far {
         let mut bits = BitWriter::new(out);
-        for (&token, raw) in buffers.tokens.iter().zip(new) {
-            let extra = tokens.extra_bits(token);
-            if u64::from(token) >= tokens.direct {
-                bits.put_wide(tokens.extra(high(raw), extra), extra);
-            }
-        }
+        for_far(&mut buffers.tokens, direct as u8, |at, token| {
+            let extra = tokens.extra_bits(*token);
+            bits.put_wide(tokens.extra(high(&new[at]), extra), extra);
+        });
         bits.finish();
+    }
+}
+
+/// Calls `visit` with the position of each token that is at least `direct`. There are few.
+fn for_far(tokens: &mut [u8], direct: u8, mut visit: impl FnMut(usize, &mut u8)) {
+    for (chunk, tokens) in tokens.chunks_mut(256).enumerate() {
+        if tokens.iter().fold(0, |most, &token| token.max(most)) < direct {
+            continue;
+        }
+        for (at, token) in tokens.iter_mut().enumerate().filter(|(_, token)| **token >= direct) {
+            visit(chunk * 256 + at, token);
+        }
     }
 }
 
@@ -138,16 +147,75 @@ fn count(tokens: &[u8], counts: &mut [u32; 256]) {
     }
 }
 
+/// Sets each token to the element's high bits, the sign last, at most 255.
+struct High<'a, E: Elem> {
+    new: &'a [E::Raw],
+    origin: E,
+    shift: u32,
+    tokens: &'a mut [u8],
+}
+
+impl<E: Elem> Kernel for High<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        for (token, &raw) in self.tokens.iter_mut().zip(self.new) {
+            *token = E::load(raw).sign_last().minus(self.origin).shifted(self.shift).at_most_255();
+        }
+    }
+}
+
+/// [`pack`] as a kernel.
+struct Pack<'a, E: Elem> {
+    new: &'a [E::Raw],
+    shift: u32,
+    out: &'a mut Vec<u8>,
+}
+
+impl<E: Elem> Kernel for Pack<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        pack::<E>(self.new, self.shift, self.out);
+    }
+}
+
+/// [`unpack`] as a kernel.
+struct Unpack<'a, E: Elem> {
+    tokens: &'a [u8],
+    origin: E,
+    shift: u32,
+    packed: &'a [u8],
+    target: &'a mut [E::Raw],
+}
+
+impl<E: Elem> Kernel for Unpack<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        unpack::<E>(self.tokens, self.origin, self.shift, self.packed, self.target);
+    }
+}
+
 /// Appends the low `shift` bits of each element, the sign last.
-#[inline(never)]
+#[inline(always)]
 fn pack<E: Elem>(new: &[E::Raw], shift: u32, out: &mut Vec<u8>) {
     let bits = |raw: &E::Raw| E::load(*raw).sign_last().wide() & low(shift);
     let (eights, rest) = new.as_chunks::<8>();
     if shift == 7 {
-        for eight in eights {
+        let start = out.len();
+        // Each write takes one byte more than it needs.
+        out.resize(start + eights.len() * 7 + 1, 0);
+        for (at, eight) in eights.iter().enumerate() {
             let bytes = eight.each_ref().map(|raw| bits(raw) as u8);
-            out.extend_from_slice(&seven_of_eight(u64::from_le_bytes(bytes)).to_le_bytes()[..7]);
+            if let Some(place) = out.get_mut(start + at * 7..).and_then(|rest| rest.first_chunk_mut()) {
+                *place = seven_of_eight(u64::from_le_bytes(bytes)).to_le_bytes();
+            }
         }
+        out.truncate(start + eights.len() * 7);
     }
     let mut writer = BitWriter::new(out);
     let rest = if shift == 7 { rest } else { new };
@@ -170,10 +238,10 @@ fn eight_of_seven(bits: u64) -> u64 {
 }
 
 /// Sets each element to its token's value above its low bits from `packed`.
-#[inline(never)]
+#[inline(always)]
 fn unpack<E: Elem>(tokens: &[u8], origin: E, shift: u32, packed: &[u8], target: &mut [E::Raw]) {
     let join = |token: u8, bits: u64| {
-        E::narrow(u64::from(token) << shift).plus(E::narrow(bits)).plus(origin).sign_first().store()
+        E::narrow(u64::from(token)).lifted(shift).plus(E::narrow(bits)).plus(origin).sign_first().store()
     };
     let mut done = 0;
     if shift == 7 {
@@ -217,19 +285,19 @@ pub(super) fn decode_base<E: Elem>(
     buffers.decode.fill(&chances);
     rans::decode(level, &buffers.decode, &buffers.classes, &mut buffers.tokens, stream)?;
     let origin = E::narrow(start.checked_shl(shift).unwrap_or(0));
-    unpack::<E>(&buffers.tokens, origin, shift, packed, target);
+    level.run(Unpack::<E> { tokens: &buffers.tokens, origin, shift, packed, target });
     let mut extra = BitReader::new(far);
     if chances[0].reaches(tokens.direct as usize) {
-        for (raw, &token) in
-            target.iter_mut().zip(&buffers.tokens).filter(|pair| u64::from(*pair.1) >= tokens.direct)
-        {
-            let bits = tokens.extra_bits(token).min(64);
+        for_far(&mut buffers.tokens, tokens.direct as u8, |at, token| {
+            let bits = tokens.extra_bits(*token).min(64);
             let value = tokens.value(bits, extra.take_wide(bits));
             // What the token was taken for is replaced by what it stands for.
-            let wrong = E::narrow(u64::from(token) << shift);
+            let wrong = E::narrow(u64::from(*token) << shift);
             let right = E::narrow(value.checked_shl(shift).unwrap_or(0));
-            *raw = E::load(*raw).sign_last().minus(wrong).plus(right).sign_first().store();
-        }
+            if let Some(raw) = target.get_mut(at) {
+                *raw = E::load(*raw).sign_last().minus(wrong).plus(right).sign_first().store();
+            }
+        });
     }
     extra.finish()
 }
@@ -259,33 +327,16 @@ pub(super) fn encode_delta<E: Elem>(
     }
     let classes = census.classes(CLASS_BITS);
     let shifts = shifts(&census, &classes);
-    let (table, tokens) = (classes.table(), Tokens { direct: DELTA_DIRECT });
+    let table = classes.table();
     let mut counts = [[0u32; 256]; MAX];
-    buffers.tokens.clear();
-    buffers.classes.clear();
+    buffers.tokens.resize(old.len(), 0);
+    buffers.classes.resize(old.len(), 0);
     buffers.low.clear();
-    buffers.tokens.reserve(old.len());
-    buffers.classes.reserve(old.len());
-    let mut low_bits = BitWriter::new(&mut buffers.low);
-    for (old, new) in old.iter().zip(new).map(|(old, new)| (E::load(*old), E::load(*new))) {
-        let class = usize::from(table[usize::from(old.key())]) % MAX;
-        let mut token = 0;
-        if let Some(value) = new.minus(old).zigzag().wide().checked_sub(1) {
-            let shift = shifts[class];
-            let bare = tokens.of(value >> shift);
-            token = bare + 1;
-            let extra = tokens.extra_bits(bare);
-            low_bits.put_wide(value & low(shift), shift);
-            low_bits.put_wide(tokens.extra(value >> shift, extra), extra);
-        }
-        counts[class][usize::from(token)] += 1;
-        buffers.tokens.push(token);
-        buffers.classes.push(class as u8);
-    }
-    low_bits.finish();
+    level.run(Split::<E> { old, new, table: &table, shifts: &shifts, buffers, counts: &mut counts });
     let chances: Vec<_> = counts[..classes.count()].iter().map(|counts| Chances::of(counts)).collect();
     buffers.encode.fill(&chances);
     let stream = rans::encode(level, &buffers.encode, &buffers.classes, &buffers.tokens, &mut buffers.words);
+    out.reserve(4096 + 2 * stream.words() + buffers.low.len());
     let mut bits = BitWriter::new(out);
     bits.exp_golomb(changed as u64, COUNT_ORDER);
     classes.write(&mut bits);
@@ -297,6 +348,84 @@ pub(super) fn encode_delta<E: Elem>(
     bits.finish();
     stream.write(out);
     out.extend_from_slice(&buffers.low);
+}
+
+const DELTA_TOKENS: Tokens = Tokens { direct: DELTA_DIRECT };
+
+/// Fills the tokens, the classes and the low bits of a delta, and counts the tokens.
+struct Split<'a, E: Elem> {
+    old: &'a [E::Raw],
+    new: &'a [E::Raw],
+    table: &'a [u8; 256],
+    shifts: &'a [u32; MAX],
+    buffers: &'a mut Buffers,
+    counts: &'a mut [[u32; 256]; MAX],
+}
+
+impl<E: Elem> Kernel for Split<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        let Buffers { tokens, classes, low: low_bits, .. } = self.buffers;
+        let mut low_bits = BitWriter::new(low_bits);
+        let places = tokens.iter_mut().zip(classes.iter_mut());
+        for ((place, class_place), (old, new)) in places.zip(self.old.iter().zip(self.new)) {
+            let (old, new) = (E::load(*old), E::load(*new));
+            let class = usize::from(self.table[usize::from(old.key())]) % MAX;
+            let mut token = 0;
+            if let Some(value) = new.minus(old).zigzag().wide().checked_sub(1) {
+                let shift = self.shifts[class];
+                let bare = DELTA_TOKENS.of(value >> shift);
+                token = bare + 1;
+                if u64::from(bare) < DELTA_DIRECT {
+                    low_bits.put_wide(value & low(shift), shift);
+                } else {
+                    let extra = DELTA_TOKENS.extra_bits(bare);
+                    low_bits.put_wide(value & low(shift), shift);
+                    low_bits.put_wide(DELTA_TOKENS.extra(value >> shift, extra), extra);
+                }
+            }
+            self.counts[class][usize::from(token)] += 1;
+            *place = token;
+            *class_place = class as u8;
+        }
+        low_bits.finish();
+    }
+}
+
+/// Adds the steps of a delta; returns how many there were and the reader behind the low bits.
+struct Join<'a, 'b, E: Elem> {
+    target: &'a mut [E::Raw],
+    tokens: &'a [u8],
+    classes: &'a [u8],
+    shifts: &'a [u32; MAX],
+    low_bits: BitReader<'b>,
+}
+
+impl<'b, E: Elem> Kernel for Join<'_, 'b, E> {
+    type Output = (u64, BitReader<'b>);
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) -> Self::Output {
+        let mut low_bits = self.low_bits;
+        let mut changed = 0;
+        for ((raw, &token), &class) in self.target.iter_mut().zip(self.tokens).zip(self.classes) {
+            let Some(bare) = token.checked_sub(1) else { continue };
+            changed += 1;
+            let shift = self.shifts[usize::from(class) % MAX];
+            let bottom = low_bits.take_wide(shift);
+            let high = if u64::from(bare) < DELTA_DIRECT {
+                u64::from(bare)
+            } else {
+                let extra = DELTA_TOKENS.extra_bits(bare).min(64);
+                DELTA_TOKENS.value(extra, low_bits.take_wide(extra))
+            };
+            let step = E::narrow((high.checked_shl(shift).unwrap_or(0) | bottom).wrapping_add(1)).unzigzag();
+            *raw = E::load(*raw).plus(step).store();
+        }
+        (changed, low_bits)
+    }
 }
 
 /// The low bits of each class that are as good as random: a token counts 8 to 16 of its mean.
@@ -339,21 +468,16 @@ pub(super) fn decode_delta<E: Elem>(
     buffers.tokens.resize(target.len(), 0);
     buffers.decode.fill(&chances);
     rans::decode(level, &buffers.decode, &buffers.classes, &mut buffers.tokens, stream)?;
-    let tokens = Tokens { direct: DELTA_DIRECT };
-    let mut low_bits = BitReader::new(packed);
-    let mut left = changed;
-    for ((raw, &token), &class) in target.iter_mut().zip(&buffers.tokens).zip(&buffers.classes) {
-        let Some(bare) = token.checked_sub(1) else { continue };
-        left = left.wrapping_sub(1);
-        let shift = shifts[usize::from(class) % MAX];
-        let bottom = low_bits.take_wide(shift);
-        let extra = tokens.extra_bits(bare).min(64);
-        let high = tokens.any_value(bare, low_bits.take_wide(extra));
-        let step = E::narrow((high.checked_shl(shift).unwrap_or(0) | bottom).wrapping_add(1)).unzigzag();
-        *raw = E::load(*raw).plus(step).store();
-    }
+    let join = Join::<E> {
+        target,
+        tokens: &buffers.tokens,
+        classes: &buffers.classes,
+        shifts: &shifts,
+        low_bits: BitReader::new(packed),
+    };
+    let (found, low_bits) = level.run(join);
     low_bits.finish()?;
-    if left == 0 {
+    if found == changed {
         return Ok(());
     }
     Err(Error::corrupt("the number of changes is not what the header says"))

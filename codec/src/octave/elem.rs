@@ -26,6 +26,11 @@ pub(super) trait Elem: Copy + Eq + Ord + Default + Send + Sync + 'static {
     /// The sign behind everything else.
     fn sign_last(self) -> Self;
     fn sign_first(self) -> Self;
+    /// Without its low bits.
+    fn shifted(self, bits: u32) -> Self;
+    /// Above so many zeros.
+    fn lifted(self, bits: u32) -> Self;
+    fn at_most_255(self) -> u8;
     fn wide(self) -> u64;
     /// The low bits of `wide`.
     fn narrow(wide: u64) -> Self;
@@ -63,6 +68,13 @@ macro_rules! elem {
             fn sign_last(self) -> Self { self.rotate_left(1) }
             #[inline(always)]
             fn sign_first(self) -> Self { self.rotate_right(1) }
+            #[inline(always)]
+            fn shifted(self, bits: u32) -> Self { self >> bits }
+            #[inline(always)]
+            fn lifted(self, bits: u32) -> Self { self << bits }
+            #[inline(always)]
+            #[allow(clippy::unnecessary_min_or_max, reason = "one of the widths is 8 bits")]
+            fn at_most_255(self) -> u8 { self.min(255) as u8 }
             #[inline(always)]
             fn wide(self) -> u64 { u64::from(self) }
             #[inline(always)]

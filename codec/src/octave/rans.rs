@@ -25,7 +25,7 @@ const LONG: usize = 4096;
 /// The order of the Exp-Golomb codes for chances.
 const CHANCE_ORDER: u32 = 5;
 
-/// The number of states of a stream of `tokens`.
+/// The number of states of a stream of `tokens`, a power of two.
 fn lanes(tokens: usize) -> usize {
     match tokens {
         0..SHORT => 1,
@@ -259,7 +259,7 @@ fn encode_each(
 ) {
     for at in range.rev() {
         let entry = usize::from(classes[at]) * 256 + usize::from(tokens[at]);
-        table.step(entry, &mut states[at % lanes], |word| {
+        table.step(entry, &mut states[at & (lanes - 1)], |word| {
             *start -= 1;
             buffer[*start] = word;
         });
@@ -315,7 +315,7 @@ impl Kernel for Decode<'_> {
             (done, read) = isa.rans_decode(table, classes, tokens, words, states);
         }
         for (at, (token, &class)) in tokens.iter_mut().zip(classes).enumerate().skip(done) {
-            let state = &mut states[at % lanes];
+            let state = &mut states[at & (lanes - 1)];
             let slot = *state & (TOTAL - 1);
             let entry = table[usize::from(class) << CHANCE_BITS | slot as usize];
             *token = entry as u8;

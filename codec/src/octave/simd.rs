@@ -26,7 +26,7 @@ pub enum Instructions {
     Scalar,
     /// AVX2 with BMI1, BMI2, LZCNT and POPCNT (x86-64-v3).
     Avx2,
-    /// AVX-512 F, BW, DQ and VL as well (x86-64-v4).
+    /// AVX-512 F, BW, DQ, VL, VBMI and VPOPCNTDQ as well (Ice Lake, Zen 4 and later).
     #[default]
     Avx512,
 }
@@ -49,7 +49,9 @@ impl Instructions {
                 && is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vl");
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512vbmi")
+                && is_x86_feature_detected!("avx512vpopcntdq");
             let best = match (v3, v4) {
                 (_, true) => Self::Avx512,
                 (true, false) => Self::Avx2,
@@ -89,7 +91,9 @@ fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512dq,avx512vl")]
+#[target_feature(
+    enable = "avx2,bmi1,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vpopcntdq"
+)]
 fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(x86::Avx512(()))
 }
@@ -110,6 +114,17 @@ pub(super) trait Isa: Copy {
         table: &[u8; 256],
         masks: &mut [[u64; WORDS]; MAX],
     );
+
+    /// Sets `sums` to the set bits before each word, and returns how many there are in all.
+    #[inline(always)]
+    fn running_counts(self, masks: &[u64; WORDS], sums: &mut [u16; WORDS]) -> u32 {
+        let mut sum = 0;
+        for (at, mask) in sums.iter_mut().zip(masks) {
+            *at = sum;
+            sum += mask.count_ones() as u16;
+        }
+        u32::from(sum)
+    }
 
     /// The position of the set bit of `word` that has `rank` set bits below it. There is one.
     fn select(self, word: u64, rank: u32) -> u32;
@@ -224,12 +239,7 @@ impl TileMasks {
                 masks[whole..].iter_mut().for_each(|mask| *mask &= (1 << more) - 1);
                 masks[whole + 1..].fill(0);
             }
-            let mut sum = 0;
-            for (at, mask) in sums.iter_mut().zip(masks.iter()) {
-                *at = sum;
-                sum += mask.count_ones() as u16;
-            }
-            self.counts[class] = u32::from(sum);
+            self.counts[class] = isa.running_counts(masks, sums);
         }
     }
 
@@ -313,9 +323,19 @@ mod x86 {
     #[derive(Debug, Clone, Copy)]
     pub(super) struct Avx2(pub(super) ());
 
-    /// The processor has what [`Avx2`] says, and AVX-512 F, BW, DQ and VL.
+    /// The processor has what [`Avx2`] says, and AVX-512 F, BW, DQ, VL, VBMI and VPOPCNTDQ.
     #[derive(Debug, Clone, Copy)]
     pub(super) struct Avx512(pub(super) ());
+
+    const LANE_NUMBERS: [u16; 32] = {
+        let mut numbers = [0; 32];
+        let mut lane = 0;
+        while lane < 32 {
+            numbers[lane] = lane as u16;
+            lane += 1;
+        }
+        numbers
+    };
 
     /// Fills masks from `at_least(keys of a word, bound)`.
     #[inline(always)]
@@ -405,16 +425,77 @@ mod x86 {
             self,
             keys: &[u8; TILE],
             classes: &Classes,
-            _: &[u8; 256],
+            table: &[u8; 256],
             masks: &mut [[u64; WORDS]; MAX],
         ) {
-            masks_from(keys, classes, masks, |keys, bound| {
-                // SAFETY: token; bounds: 64 bytes.
-                unsafe {
+            // The four bits of each element's class, then for each class the elements that have all of its bits.
+            let mut planes = [[0u64; WORDS]; 4];
+            // SAFETY: token; bounds: quarters of the table, 64 keys to a word, 8 words of 64 of each plane and mask.
+            unsafe {
+                let quarter = |at: usize| _mm512_loadu_si512(table.as_ptr().add(64 * at).cast());
+                let quarters = [quarter(0), quarter(1), quarter(2), quarter(3)];
+                let [plane0, plane1, plane2, plane3] = &mut planes;
+                for (word, keys) in keys.as_chunks::<64>().0.iter().enumerate() {
                     let keys = _mm512_loadu_si512(keys.as_ptr().cast());
-                    _mm512_cmpge_epu8_mask(keys, _mm512_set1_epi8(bound.cast_signed()))
+                    let low = _mm512_permutex2var_epi8(quarters[0], keys, quarters[1]);
+                    let high = _mm512_permutex2var_epi8(quarters[2], keys, quarters[3]);
+                    let class = _mm512_mask_blend_epi8(_mm512_movepi8_mask(keys), low, high);
+                    plane0[word] = _mm512_test_epi8_mask(class, _mm512_set1_epi8(1));
+                    plane1[word] = _mm512_test_epi8_mask(class, _mm512_set1_epi8(2));
+                    plane2[word] = _mm512_test_epi8_mask(class, _mm512_set1_epi8(4));
+                    plane3[word] = _mm512_test_epi8_mask(class, _mm512_set1_epi8(8));
                 }
-            });
+                let count = classes.count().min(MAX);
+                for at in (0..WORDS).step_by(8) {
+                    let plane = |plane: &[u64; WORDS]| _mm512_loadu_si512(plane.as_ptr().add(at).cast());
+                    let planes = [plane(plane0), plane(plane1), plane(plane2), plane(plane3)];
+                    for (class, mask) in masks.iter_mut().enumerate().take(count) {
+                        // A bit that the class does not have is wanted as 0.
+                        let wanted = |bit: usize| {
+                            let inverse = (class as i64 >> bit & 1) - 1;
+                            _mm512_xor_si512(planes[bit], _mm512_set1_epi64(inverse))
+                        };
+                        let both = _mm512_ternarylogic_epi64::<0x80>(wanted(0), wanted(1), wanted(2));
+                        let all = _mm512_and_si512(both, wanted(3));
+                        _mm512_storeu_si512(mask.as_mut_ptr().add(at).cast(), all);
+                    }
+                }
+            }
+        }
+
+        #[inline(always)]
+        fn running_counts(self, masks: &[u64; WORDS], sums: &mut [u16; WORDS]) -> u32 {
+            let mut counts = [0u8; WORDS];
+            // SAFETY: token; bounds: 8 of 64 words and counts at a time, two halves of 32 counts and sums.
+            unsafe {
+                for at in (0..WORDS).step_by(8) {
+                    let words = _mm512_loadu_si512(masks.as_ptr().add(at).cast());
+                    let eight = _mm512_cvtepi64_epi8(_mm512_popcnt_epi64(words));
+                    _mm_storel_epi64(counts.as_mut_ptr().add(at).cast(), eight);
+                }
+                let lanes = _mm512_loadu_si512(LANE_NUMBERS.as_ptr().cast());
+                let mut before = _mm512_setzero_si512();
+                for at in [0, 32] {
+                    let counts = _mm256_loadu_si256(counts.as_ptr().add(at).cast());
+                    let counts = _mm512_cvtepu8_epi16(counts);
+                    let mut sum = counts;
+                    for (step, from) in [
+                        (1, u32::MAX << 1),
+                        (2, u32::MAX << 2),
+                        (4, u32::MAX << 4),
+                        (8, u32::MAX << 8),
+                        (16, u32::MAX << 16),
+                    ] {
+                        let moved = _mm512_sub_epi16(lanes, _mm512_set1_epi16(step));
+                        sum = _mm512_add_epi16(sum, _mm512_maskz_permutexvar_epi16(from, moved, sum));
+                    }
+                    sum = _mm512_add_epi16(sum, before);
+                    before = _mm512_permutexvar_epi16(_mm512_set1_epi16(31), sum);
+                    let sum = _mm512_sub_epi16(sum, counts);
+                    _mm512_storeu_si512(sums.as_mut_ptr().add(at).cast(), sum);
+                }
+                u32::from(_mm_cvtsi128_si32(_mm512_castsi512_si128(before)) as u16)
+            }
         }
 
         #[inline(always)]

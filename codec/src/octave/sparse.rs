@@ -401,8 +401,8 @@ fn rice_for(count: usize, numbers: impl Iterator<Item = u64> + Clone) -> (u32, u
     let sum: u64 = numbers.clone().map(|number| number.min(1 << 32)).sum();
     let middle = (sum / count.max(1) + 1).ilog2().min(MAX_RICE);
     let heads = |order: u32| numbers.clone().map(|number| (number >> order).min(64)).sum::<u64>();
-    let costs = (middle.saturating_sub(1)..=middle)
-        .map(|order| (order, count * u64::from(1 + order) + heads(order)));
+    let costs =
+        (middle.saturating_sub(1)..=middle).map(|order| (order, count * u64::from(1 + order) + heads(order)));
     costs.min_by_key(|&(_, cost)| cost).unwrap_or((0, 0))
 }
 
