@@ -109,28 +109,32 @@ fn encode_mask(
 }
 
 /// Appends the frame of the delta that does what the frames `first` and `second` do: the masks cancel where they
-/// meet. `unpack` is as for [`decode`], `pack` as for [`encode`].
+/// meet. `unpack_xor` is as for [`decode`], `pack` as for [`encode`].
 #[cfg(any(feature = "lz4", feature = "zstd"))]
 pub(crate) fn compose(
     unit: &UnitMeta<'_>,
     [first, second]: [&[u8]; 2],
     out: &mut Vec<u8>,
-    unpack: impl Fn(&[u8], &mut [u8]) -> Result<()>,
+    unpack_xor: impl Fn(&[u8], &mut [u8]) -> Result<()>,
     pack: impl FnOnce(Mask<'_>, &mut Vec<u8>) -> Result<()>,
 ) -> Result<()> {
+    // A mask is what it makes of zeros.
     let mut mask = vec![0; unit.len];
-    decode(Mode::Base, first, &mut mask, &unpack)?;
-    decode(Mode::Delta, second, &mut mask, &unpack)?;
+    for frame in [first, second] {
+        decode(Mode::Delta, frame, &mut mask, &unpack_xor, &unpack_xor)?;
+    }
     encode_mask(Mask::Plain(&mask), out, pack)
 }
 
-/// Reads a frame. `unpack` fills its target wholly from the whole of a compressed body, or fails.
+/// Reads a frame. `unpack` fills its target wholly from the whole of a compressed body, `unpack_xor` XORs it into its
+/// target; or they fail.
 #[cfg(any(feature = "lz4", feature = "zstd"))]
 pub(crate) fn decode(
     mode: Mode,
     encoded: &[u8],
     target: &mut [u8],
     unpack: impl FnOnce(&[u8], &mut [u8]) -> Result<()>,
+    unpack_xor: impl FnOnce(&[u8], &mut [u8]) -> Result<()>,
 ) -> Result<()> {
     let bad = |why: String| Err(Error::corrupt(format!("frame: {why}")).with_help("copy the file again"));
     match (encoded.split_first(), mode) {
@@ -153,12 +157,7 @@ pub(crate) fn decode(
             Ok(())
         }
         (Some((&PACKED, body)), Mode::Base) => unpack(body, target),
-        (Some((&PACKED, body)), Mode::Delta) => {
-            let mut mask = vec![0; target.len()];
-            unpack(body, &mut mask)?;
-            xor_into(target, &mask);
-            Ok(())
-        }
+        (Some((&PACKED, body)), Mode::Delta) => unpack_xor(body, target),
         (Some((tag, _)), _) => bad(format!("tag {tag} is unknown")),
     }
 }

@@ -20,6 +20,7 @@
 //! | codec | at most |
 //! |---|---|
 //! | `raw` | nothing |
+//! | `octave` | 16 `n` + 1 MiB, kept by the thread for its next unit; `n` is at most 2 MiB |
 //! | `zstd`, `lz4` | `n` + 1 MiB |
 //! | `arc_v1` | 1 MiB |
 //! | `arc_v2` | min(`n`, 128 MiB) + 1 MiB |
@@ -27,6 +28,12 @@
 //!
 //! A payload of `arc_v3` is bounded by what its tensor can need; real ones take a few bytes for each element that
 //! changed.
+//!
+//! # Revert and compose
+//! A delta that is a XOR works both ways, and two of them join without the weights, because the XOR of two masks does
+//! what both do: `zstd`, `lz4`, `arc_v1` and `arc_v2` can do both. `raw` holds the new bytes only: what was there
+//! before is gone. `arc_v3` can do neither: a change of sign or exponent is stored as the new value alone, and the
+//! difference of two mantissas does not join with a XOR, which its other form is.
 //!
 //! ```
 //! use towline_core::{DType, Mode, TensorMeta, UnitMeta};

@@ -1,10 +1,27 @@
 //! One zstd frame, read strictly: its length and content size are known before anything is decoded.
 
+mod bits;
+mod codes;
+mod fse;
+mod huffman;
+mod pack;
+mod parts;
+mod read_bits;
+mod runs;
+mod unpack;
+mod write;
+
+pub(crate) use huffman::{code_lengths, count};
+pub(crate) use parts::{Content, Parts, Plain, Xor};
+pub(crate) use write::{BLOCK, Writer};
+
 use towline_core::{Error, Result};
 use zstd::zstd_safe::{
     self, DCtx, DParameter, InBuffer, OutBuffer, find_frame_compressed_size, get_dict_id_from_frame,
     get_error_name, get_frame_content_size,
 };
+
+use crate::xor::xor_into;
 
 /// The largest window that is read, as a power of two: 128 MiB, what zstd itself writes at its highest level.
 const MAX_WINDOW_LOG: u32 = 27;
@@ -72,8 +89,24 @@ impl<'a> Frame<'a> {
         Ok(bytes)
     }
 
+    /// XORs the content into `target`, which is as long.
+    pub(crate) fn xor_into(self, target: &mut [u8]) -> Result<()> {
+        let bytes = self.holds(target.len())?.bytes;
+        let Err(done) = runs::xor(bytes, target) else { return Ok(()) };
+        // From here on it is a frame of another writer, or a damaged one.
+        let mut ready = done;
+        let mut rest = target.get_mut(done..).unwrap_or_default();
+        self.read_pieces(|piece| {
+            let (skipped, piece) = piece.split_at(ready.min(piece.len()));
+            ready -= skipped.len();
+            let (place, behind) = std::mem::take(&mut rest).split_at_mut(piece.len());
+            xor_into(place, piece);
+            rest = behind;
+        })
+    }
+
     /// Decodes piece by piece. The pieces together have exactly [`Frame::content`] bytes after `Ok`, and never more.
-    pub(crate) fn read_pieces(self, mut piece: impl FnMut(&[u8])) -> Result<()> {
+    fn read_pieces(self, mut piece: impl FnMut(&[u8])) -> Result<()> {
         let mut context = context()?;
         context.set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG)).map_err(failed)?;
         let mut buffer = vec![0; DCtx::out_size()];
@@ -116,4 +149,135 @@ fn bad(why: &str) -> Error {
 /// The answer of a zstd call that fails only for want of memory.
 pub(crate) fn failed(code: zstd_safe::ErrorCode) -> Error {
     Error::internal(format!("zstd: {}", get_error_name(code)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers that look random, the same on each run.
+    struct Noise(u64);
+
+    impl Noise {
+        fn next(&mut self) -> usize {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            (self.0 >> 33) as usize
+        }
+
+        fn below(&mut self, limit: usize) -> usize {
+            self.next() % limit
+        }
+    }
+
+    /// Contents of many densities, alphabets and lengths, with runs of zeros and of other bytes.
+    fn contents() -> impl Iterator<Item = Vec<u8>> {
+        let mut noise = Noise(0x9e37_79b9_7f4a_7c15);
+        let lengths = [
+            0, 1, 2, 7, 8, 9, 63, 64, 65, 255, 256, 257, 1023, 4096, 65_791, 65_792, 131_072, 131_073,
+            300_007,
+        ];
+        (0..400).map(move |index| {
+            let length = if index < 40 { lengths[index % lengths.len()] } else { 1 + noise.below(300_000) };
+            let every = [1, 2, 3, 9, 40, 700, 30_000, usize::MAX][noise.below(8)];
+            let alphabet = [1, 2, 5, 30, 200, 255][noise.below(6)];
+            let mut content = vec![if index % 5 == 0 { 7 } else { 0 }; length];
+            let mut at = 0;
+            while at < length {
+                let steep = noise.below(alphabet) * noise.below(alphabet) / alphabet;
+                content[at] = (255 - steep) as u8;
+                if noise.below(20) == 0 {
+                    let end = length.min(at + noise.below(50));
+                    let byte = content[at];
+                    content[at..end].fill(byte);
+                }
+                at = at.saturating_add(1 + noise.below(every.saturating_mul(2).min(1 << 30)));
+            }
+            content
+        })
+    }
+
+    fn written(content: &[u8]) -> Vec<u8> {
+        let mut frame = Vec::new();
+        let mut writer = Writer::new(&mut frame, content.len());
+        writer.write(content);
+        writer.finish().unwrap();
+        frame
+    }
+
+    #[test]
+    fn the_library_and_the_reader_of_runs_read_what_is_written() {
+        let (mut understood, mut all) = (0, 0);
+        for content in contents() {
+            let frame = written(&content);
+            assert!(frame.len() <= content.len() + 32, "{} for {}", frame.len(), content.len());
+            let opened = Frame::open(&frame).unwrap();
+            assert_eq!(opened.content(), content.len());
+            assert!(opened.read_to_vec().unwrap() == content, "{} bytes", content.len());
+            // XORed into itself, nothing is left.
+            let mut target = content.clone();
+            understood += usize::from(runs::xor(&frame, &mut target).is_ok());
+            all += 1;
+            let mut target = content.clone();
+            opened.xor_into(&mut target).unwrap();
+            assert!(target.iter().all(|&byte| byte == 0), "{} bytes", content.len());
+            let mut frame = Vec::new();
+            let other: Vec<u8> = content.iter().map(|byte| byte ^ 0x5a).collect();
+            Writer::new(&mut frame, content.len())
+                .finish_with_xor(&other, &vec![0x5a; content.len()])
+                .unwrap();
+            assert!(
+                Frame::open(&frame).unwrap().read_to_vec().unwrap() == content,
+                "{} bytes",
+                content.len()
+            );
+        }
+        assert!(understood * 4 > all * 3, "{understood} of {all}");
+    }
+
+    #[test]
+    fn frames_of_the_library_are_read_through_both_readers() {
+        for (index, content) in contents().enumerate() {
+            let frame =
+                zstd::bulk::compress(&content, [1, 3, 19][index % 3].min(if index > 60 { 3 } else { 19 }))
+                    .unwrap();
+            let mut target = content.clone();
+            Frame::open(&frame).unwrap().xor_into(&mut target).unwrap();
+            assert!(target.iter().all(|&byte| byte == 0), "{} bytes", content.len());
+        }
+    }
+
+    #[test]
+    fn what_the_reader_of_runs_understands_the_library_reads_alike() {
+        let mut noise = Noise(77);
+        let mut understood = 0;
+        for content in contents().filter(|content| content.len() < 100_000) {
+            let frame = written(&content);
+            for _ in 0..60 {
+                let mut damaged = frame.clone();
+                let at = noise.below(damaged.len());
+                damaged[at] ^= 1 << noise.below(8);
+                let Ok(opened) = Frame::open(&damaged).and_then(|frame| frame.holds(content.len())) else {
+                    continue;
+                };
+                let mut target = vec![0; content.len()];
+                if runs::xor(&damaged, &mut target).is_ok() {
+                    assert!(opened.read_to_vec().unwrap() == target, "byte {at} of {}", frame.len());
+                    understood += 1;
+                }
+            }
+        }
+        assert!(understood > 1000, "{understood}");
+    }
+
+    #[test]
+    fn a_writer_that_was_given_too_little_or_too_much_fails() {
+        for given in [99, 101, 400_000] {
+            let mut frame = Vec::new();
+            let mut writer = Writer::new(&mut frame, 100);
+            writer.write(&vec![3; given]);
+            assert!(writer.finish().is_err());
+        }
+    }
 }

@@ -178,10 +178,10 @@ fn arc_v3_writes_flat_and_row_positions_and_fallbacks() {
     let (envelope, data) = payload(&pair(DType::BF16, &[300, 1001], 10));
     assert!(envelope && has(&data, b"flat") && has(&data, b"zigzag"));
     // Two dense rows far apart: one gap above 65535 makes flat gaps 4 bytes wide.
-    let mut two = pair(DType::BF16, &[1000, 200], usize::MAX);
+    let mut two = pair(DType::BF16, &[1000, 2000], usize::MAX);
     two.new.copy_from_slice(&two.old);
     for row in [100, 900] {
-        two.new[row * 400..(row + 1) * 400].iter_mut().step_by(2).for_each(|byte| *byte ^= 1);
+        two.new[row * 4000..(row + 1) * 4000].iter_mut().step_by(2).for_each(|byte| *byte ^= 1);
     }
     let (envelope, data) = payload(&two);
     assert!(envelope && has(&data, b"n_rows"));

@@ -8,6 +8,7 @@
 mod args;
 mod bench;
 mod ci;
+mod corpus;
 mod deps;
 mod features;
 mod fuzz;
@@ -71,6 +72,12 @@ const COMMANDS: &[Command] = &[
         about: "measure the codecs on real weights",
         help: bench::HELP,
         run: bench::command,
+    },
+    Command {
+        name: "corpus",
+        about: "make real pairs of checkpoints by training a pretrained model",
+        help: corpus::HELP,
+        run: corpus::command,
     },
     Command {
         name: "fuzz",

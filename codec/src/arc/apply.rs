@@ -3,9 +3,12 @@
 use towline_core::{Error, Result, UnitMeta};
 
 use super::adler;
-use super::layout::{Layout, rows};
+use super::layout::{Layout, load, rows};
 use super::pickle::{Dict, Document};
 use super::streams::{Deltas, Mantissas, Numbers, Positions};
+
+/// How many changes are read at a time.
+const BATCH: usize = 256;
 
 /// Applies the payload in `pickle` to `target`, which holds the parent's bytes. Allocates nothing for the tensor.
 pub(super) fn apply(unit: &UnitMeta<'_>, layout: Layout, pickle: &[u8], target: &mut [u8]) -> Result<()> {
@@ -105,30 +108,36 @@ impl<'a> Update<'a> {
         let elements = target.as_chunks_mut::<N>().0;
         let mut exception = self.exceptions.next()?;
         let mut done = 0u64;
-        while let Some(position) = self.positions.next()? {
-            let stored = self
-                .mantissas
-                .next()?
-                .ok_or_else(|| bad(format!("only {done} mantissas, though more elements changed")))?;
-            let element = usize::try_from(position)
-                .ok()
-                .and_then(|position| elements.get_mut(position))
-                .ok_or_else(|| bad(format!("element {position} is not in the tensor")))?;
-            let old = load(*element);
-            let new = if exception == Some(done) {
-                exception = self.exceptions.next()?;
-                let value = self.values.next().and_then(|value| u32::try_from(value).ok());
-                value
-                    .filter(|&value| N == 4 || value >> (8 * N) == 0)
-                    .ok_or_else(|| bad(format!("the value of element {position} has too many bits")))?
-            } else {
-                let mantissa = self
-                    .mantissa(old, stored)
-                    .ok_or_else(|| bad(format!("the mantissa of element {position} has too many bits")))?;
-                old & !self.layout.mask() | mantissa
-            };
-            store(element, new);
-            done += 1;
+        let (mut positions, mut mantissas) = ([0; BATCH], [0; BATCH]);
+        loop {
+            let mut positions = self.positions.fill(&mut positions)?;
+            if positions.is_empty() {
+                break;
+            }
+            let mut mantissas = self.mantissas.fill(&mut mantissas, positions.len())?;
+            if mantissas.len() < positions.len() {
+                let found = done + mantissas.len() as u64;
+                return Err(bad(format!("only {found} mantissas, though more elements changed")));
+            }
+            while !positions.is_empty() {
+                let regular = exception
+                    .and_then(|exception| usize::try_from(exception - done).ok())
+                    .map_or(positions.len(), |regular| regular.min(positions.len()));
+                let ((now, later), (values, rest)) =
+                    (positions.split_at(regular), mantissas.split_at(regular));
+                self.change(elements, now, values)?;
+                (positions, mantissas) = (later, rest);
+                done += regular as u64;
+                if let ([position, later @ ..], [_, rest @ ..]) = (positions, mantissas) {
+                    // A whole value, whatever its mantissa is said to be.
+                    exception = self.exceptions.next()?;
+                    let value = self.values.next().and_then(|value| u32::try_from(value).ok());
+                    let value = value.filter(|&value| N == 4 || value >> (8 * N) == 0);
+                    store(place(elements, *position)?, value.ok_or_else(too_wide)?);
+                    (positions, mantissas) = (later, rest);
+                    done += 1;
+                }
+            }
         }
         match self.mantissas.len() {
             0 => Ok(()),
@@ -136,28 +145,54 @@ impl<'a> Update<'a> {
         }
     }
 
-    /// The new mantissa from the old element's bits and the stored value; `None` if it has too many bits.
-    fn mantissa(&self, old: u32, stored: u64) -> Option<u32> {
+    /// Changes the mantissas of elements.
+    fn change<const N: usize>(
+        &self,
+        elements: &mut [[u8; N]],
+        positions: &[u64],
+        stored: &[u64],
+    ) -> Result<()> {
         let mask = self.layout.mask();
-        let old = old & mask;
-        let stored = u32::try_from(stored).ok()?;
-        let new = match self.transform {
-            Transform::Raw => stored,
-            Transform::Xor => old ^ stored,
-            Transform::Zigzag => {
-                let magnitude = stored >> 1;
-                if stored & 1 == 0 { old.checked_add(magnitude)? } else { old.checked_sub(magnitude + 1)? }
-            }
-        };
-        (new & !mask == 0).then_some(new)
+        match self.transform {
+            Transform::Raw => change(mask, elements, positions, stored, |_, stored| stored),
+            Transform::Xor => change(mask, elements, positions, stored, |old, stored| old ^ stored),
+            // 0, 1, 2, 3 … as 0, −1, 1, −2 …. Below zero is above every mask.
+            Transform::Zigzag => change(mask, elements, positions, stored, |old, stored| {
+                old.wrapping_add(stored >> 1 ^ (stored & 1).wrapping_neg())
+            }),
+        }
     }
 }
 
-/// An element's bits.
-pub(super) fn load<const N: usize>(element: [u8; N]) -> u32 {
-    let mut bytes = [0; 4];
-    bytes.iter_mut().zip(element).for_each(|(to, from)| *to = from);
-    u32::from_le_bytes(bytes)
+#[inline]
+fn change<const N: usize>(
+    mask: u32,
+    elements: &mut [[u8; N]],
+    positions: &[u64],
+    stored: &[u64],
+    mantissa: impl Fn(u64, u64) -> u64,
+) -> Result<()> {
+    let mut wide = 0;
+    for (&position, &stored) in positions.iter().zip(stored) {
+        let element = place(elements, position)?;
+        let old = load(*element);
+        let new = mantissa((old & mask).into(), stored);
+        wide |= new & !u64::from(mask);
+        let [a, b, c, d, ..] = new.to_le_bytes();
+        store(element, old & !mask | u32::from_le_bytes([a, b, c, d]) & mask);
+    }
+    if wide == 0 { Ok(()) } else { Err(too_wide()) }
+}
+
+fn place<const N: usize>(elements: &mut [[u8; N]], position: u64) -> Result<&mut [u8; N]> {
+    usize::try_from(position)
+        .ok()
+        .and_then(|position| elements.get_mut(position))
+        .ok_or_else(|| bad(format!("element {position} is not in the tensor")))
+}
+
+fn too_wide() -> Error {
+    bad("the value of an element has too many bits")
 }
 
 fn store<const N: usize>(element: &mut [u8; N], bits: u32) {

@@ -82,3 +82,11 @@ pub(super) fn narrowest(value: u64) -> usize {
         _ => 8,
     }
 }
+
+/// An element's bits.
+#[inline]
+pub(super) fn load<const N: usize>(element: [u8; N]) -> u32 {
+    let mut bytes = [0; 4];
+    bytes.iter_mut().zip(element).for_each(|(to, from)| *to = from);
+    u32::from_le_bytes(bytes)
+}

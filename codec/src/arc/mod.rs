@@ -2,6 +2,8 @@
 //! them.
 
 mod apply;
+mod changes;
+mod deflate;
 mod envelope;
 mod layout;
 mod opcodes;
@@ -17,14 +19,10 @@ pub use v1::ArcV1;
 pub use v2::ArcV2;
 pub use v3::ArcV3;
 
-use std::io;
-
 use simd_adler32::Adler32;
-use towline_core::{Error, Result, UnitMeta};
+use towline_core::{Codec, Mode, Result, UnitMeta};
 
-use crate::xor::xor_to;
-
-/// The bytes that are XORed, compressed or decompressed at a time.
+/// The bytes that are decompressed at a time.
 const CHUNK: usize = 64 << 10;
 
 /// The checksum of the arc formats, of a new tensor's bytes.
@@ -34,16 +32,6 @@ fn adler(data: &[u8]) -> u32 {
     hash.finish()
 }
 
-/// Hands `current XOR parent` to `sink`, a chunk at a time.
-fn xor_chunks(parent: &[u8], current: &[u8], sink: &mut dyn io::Write) -> io::Result<()> {
-    let mut buffer = Vec::with_capacity(CHUNK.min(current.len()));
-    for (new, old) in current.chunks(CHUNK).zip(parent.chunks(CHUNK)) {
-        xor_to(&mut buffer, new, old);
-        sink.write_all(&buffer)?;
-    }
-    Ok(())
-}
-
 /// The parent's bytes, checked: the arc formats encode deltas only.
 fn parent_of<'a>(unit: &UnitMeta<'_>, parent: Option<&'a [u8]>, current: &[u8]) -> Result<&'a [u8]> {
     let parent = unit.parent(parent)?;
@@ -51,11 +39,17 @@ fn parent_of<'a>(unit: &UnitMeta<'_>, parent: Option<&'a [u8]>, current: &[u8]) 
     Ok(parent)
 }
 
+/// The mask that does what the masks in two frames of `codec` do, one after the other.
+fn joined_mask(codec: &dyn Codec, unit: &UnitMeta<'_>, first: &[u8], second: &[u8]) -> Result<Vec<u8>> {
+    // A mask is what it makes of zeros.
+    let mut mask = vec![0; unit.len];
+    for frame in [first, second] {
+        codec.decode(unit, Mode::Delta, frame, &mut mask)?;
+    }
+    Ok(mask)
+}
+
 /// How far a counter of bytes of a decoder moved. Each call moves within a slice, so it fits.
 fn moved(before: u64, after: u64) -> usize {
     usize::try_from(after - before).unwrap_or(usize::MAX)
-}
-
-fn cannot_write(error: io::Error) -> Error {
-    Error::internal("a frame could not be compressed").with_source(error)
 }

@@ -43,6 +43,28 @@ impl<'a> Numbers<'a> {
         self.rest = rest;
         Some(number)
     }
+
+    /// The next ones, as many as there are and have room.
+    fn fill<'b>(&mut self, buffer: &'b mut [u64]) -> &'b mut [u64] {
+        fn widen<const W: usize>(bytes: &[u8], numbers: &mut [u64]) {
+            for (number, bytes) in numbers.iter_mut().zip(bytes.as_chunks::<W>().0) {
+                let mut wide = [0; 8];
+                wide.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+                *number = u64::from_le_bytes(wide);
+            }
+        }
+        let count = self.len().min(buffer.len());
+        let (now, later) = self.rest.split_at(count * self.width);
+        let numbers = buffer.split_at_mut(count).0;
+        match self.width {
+            1 => widen::<1>(now, numbers),
+            2 => widen::<2>(now, numbers),
+            4 => widen::<4>(now, numbers),
+            _ => widen::<8>(now, numbers),
+        }
+        self.rest = later;
+        numbers
+    }
 }
 
 /// Positions stored as the first one and the differences of the others, strictly ascending.
@@ -77,12 +99,44 @@ impl<'a> Deltas<'a> {
             Some(last) => last.checked_add(delta),
         };
         match position.filter(|&position| position < self.limit) {
-            None => Err(bad(format!("an index does not lie behind the one before and below {}", self.limit))),
+            None => Err(self.disorder()),
             position => {
                 self.last = position;
                 Ok(position)
             }
         }
+    }
+}
+
+impl Deltas<'_> {
+    /// The next ones, as many as there are and have room.
+    fn fill<'b>(&mut self, buffer: &'b mut [u64]) -> Result<&'b mut [u64]> {
+        let numbers = self.numbers.fill(buffer);
+        let mut numbers_left = numbers.iter_mut();
+        let (mut last, mut wrong) = match (self.last, numbers_left.as_slice().first()) {
+            (_, None) => return Ok(numbers),
+            (Some(last), Some(_)) => (last, false),
+            (None, Some(&first)) => {
+                numbers_left.next();
+                (first, first >= self.limit)
+            }
+        };
+        for number in numbers_left {
+            // No limit is as high as the highest number.
+            let position = last.saturating_add(*number);
+            wrong |= position == last || position >= self.limit;
+            *number = position;
+            last = position;
+        }
+        if wrong {
+            return Err(self.disorder());
+        }
+        self.last = Some(last);
+        Ok(numbers)
+    }
+
+    fn disorder(&self) -> Error {
+        bad(format!("an index does not lie behind the one before and below {}", self.limit))
     }
 }
 
@@ -104,11 +158,11 @@ impl<'a> Positions<'a> {
         }
     }
 
-    /// The next one.
-    pub(super) fn next(&mut self) -> Result<Option<u64>> {
+    /// The next ones, as many as there are and have room. None only at the end.
+    pub(super) fn fill<'b>(&mut self, buffer: &'b mut [u64]) -> Result<&'b [u64]> {
         match self {
-            Self::Flat(deltas) => deltas.next(),
-            Self::Row(rows) => rows.next(),
+            Self::Flat(deltas) => deltas.fill(buffer).map(|positions| &*positions),
+            Self::Row(rows) => rows.fill(buffer),
         }
     }
 }
@@ -138,17 +192,22 @@ impl<'a> Rows<'a> {
         Ok(Self { counts: Numbers::new(dtype, counts)?, body, width, start: 0, columns })
     }
 
-    fn next(&mut self) -> Result<Option<u64>> {
-        loop {
-            if let Some(column) = self.columns.next()? {
+    fn fill<'b>(&mut self, buffer: &'b mut [u64]) -> Result<&'b [u64]> {
+        let mut filled = 0;
+        while let Some(room @ [_, ..]) = buffer.get_mut(filled..) {
+            let columns = self.columns.fill(room)?;
+            if !columns.is_empty() {
                 // `start` is one row ahead while a row is read.
-                return Ok(Some(self.start - self.width as u64 + column));
+                let start = self.start - self.width as u64;
+                columns.iter_mut().for_each(|column| *column += start);
+                filled += columns.len();
+                continue;
             }
             let Some(count) = self.counts.next() else {
-                return match self.body.len() {
-                    0 => Ok(None),
-                    left => Err(bad(format!("{left} bytes behind the last row"))),
-                };
+                if self.body.is_empty() {
+                    break;
+                }
+                return Err(bad(format!("{} bytes behind the last row", self.body.len())));
             };
             // The rows of a tensor hold no more elements than fit in memory.
             self.start += self.width as u64;
@@ -156,6 +215,7 @@ impl<'a> Rows<'a> {
                 self.columns = self.row(count)?;
             }
         }
+        Ok(buffer.get(..filled).unwrap_or_default())
     }
 
     fn row(&mut self, count: u64) -> Result<Deltas<'a>> {
@@ -204,11 +264,20 @@ impl<'a> Mantissas<'a> {
         }
     }
 
-    /// The next one.
-    pub(super) fn next(&mut self) -> Result<Option<u64>> {
+    /// The next `count`, or as many as there are. At most what `buffer` has room for.
+    pub(super) fn fill<'b>(&mut self, buffer: &'b mut [u64], count: usize) -> Result<&'b [u64]> {
+        let buffer = buffer.get_mut(..count).unwrap_or_default();
         match self {
-            Self::Raw(numbers) => Ok(numbers.next()),
-            Self::Codebook(codebook) => codebook.next(),
+            Self::Raw(numbers) => Ok(numbers.fill(buffer)),
+            Self::Codebook(codebook) => {
+                let mut filled = 0;
+                for number in buffer.iter_mut() {
+                    let Some(value) = codebook.next()? else { break };
+                    *number = value;
+                    filled += 1;
+                }
+                Ok(buffer.get(..filled).unwrap_or_default())
+            }
         }
     }
 }

@@ -1,13 +1,13 @@
 //! arc_v1: one zlib stream of the XOR.
 
-use flate2::write::ZlibEncoder;
-use flate2::{Compression, Decompress, FlushDecompress, Status};
+use flate2::{Decompress, FlushDecompress, Status};
 use towline_core::{Codec, CodecId, Error, Framing, Mode, Modes, Result, Unit, UnitMeta};
 
-use super::{CHUNK, adler, cannot_write, moved, parent_of, xor_chunks};
+use super::{CHUNK, adler, deflate, joined_mask, moved, parent_of};
 use crate::xor::xor_into;
 
-/// zlib (RFC 1950, level 6) of the XOR with the parent; also called `xor_one_to_one_zlib`.
+/// zlib (RFC 1950) of the XOR with the parent; also called `xor_one_to_one_zlib`. Our streams have runs and
+/// frequencies only, which on training steps makes them smaller than those of any level.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ArcV1;
 
@@ -36,9 +36,7 @@ impl Codec for ArcV1 {
         out: &mut Vec<u8>,
     ) -> Result<()> {
         let parent = parent_of(unit, parent, current)?;
-        let mut encoder = ZlibEncoder::new(out, Compression::new(6));
-        xor_chunks(parent, current, &mut encoder).map_err(cannot_write)?;
-        encoder.finish().map_err(cannot_write)?;
+        deflate::write_xor(current, parent, out);
         Ok(())
     }
 
@@ -87,5 +85,10 @@ impl Codec for ArcV1 {
 
     fn revert(&self, unit: &UnitMeta<'_>, encoded: &[u8], target: &mut [u8]) -> Result<()> {
         self.decode(unit, Mode::Delta, encoded, target)
+    }
+
+    fn compose(&self, unit: &UnitMeta<'_>, first: &[u8], second: &[u8], out: &mut Vec<u8>) -> Result<()> {
+        deflate::write_plain(&joined_mask(self, unit, first, second)?, out);
+        Ok(())
     }
 }

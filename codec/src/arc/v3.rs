@@ -13,9 +13,6 @@ use crate::{ARC_V3_TAG, fallback_header};
 const TENSOR: &str = "tensor";
 /// The key of the format of a fallback.
 const FALLBACK: &str = "fallback_name";
-/// Tensors up to this length are tried both ways. It costs little, and they are where the fallback wins.
-const TRY_BOTH: usize = 256 << 10;
-
 /// Positions and mantissas of the changed elements; an `arc_v2` frame for element types that are not divided into
 /// sign, exponent and mantissa, and where that came out smaller. Equal input gives equal bytes.
 #[derive(Debug, Clone, Copy, Default)]
@@ -50,16 +47,8 @@ impl Codec for ArcV3 {
             out.extend_from_slice(&fallback(unit, parent, current)?);
             return Ok(());
         };
-        let start = out.len();
-        let changed = writer::envelope(unit, layout, parent, current, out)?;
-        // The envelope of a dense change may be larger than the XOR: it repeats what it cannot predict.
-        let dense = changed > current.len() / layout.bytes / 4;
-        if dense || current.len() <= TRY_BOTH {
-            let fallback = fallback(unit, parent, current)?;
-            if fallback.len() < out.len() - start {
-                out.truncate(start);
-                out.extend_from_slice(&fallback);
-            }
+        if !writer::envelope(unit, layout, parent, current, out)? {
+            out.extend_from_slice(&fallback(unit, parent, current)?);
         }
         Ok(())
     }

@@ -503,8 +503,8 @@ pub(super) fn decode<E: Elem>(
     }
     changes.ranks.clear();
     changes.steps.clear();
-    changes.ranks.reserve(changed);
-    changes.steps.reserve(changed);
+    changes.ranks.reserve_exact(changed);
+    changes.steps.reserve_exact(changed);
     buffers.tokens.clear();
     if !header.tables.is_empty() {
         let rest = bits.rest()?;

@@ -10,6 +10,7 @@ pub fn stated_bound(codec: &str, meta: &TensorMeta) -> usize {
     match codec {
         // The message of an error.
         "raw" => 4096,
+        "octave" => 16 * length + MIB,
         "zstd" | "lz4" => length + MIB,
         "arc_v1" => MIB,
         "arc_v2" => length.min(128 * MIB) + MIB,

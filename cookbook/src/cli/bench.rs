@@ -146,7 +146,13 @@ fn measure(codec: &dyn Codec, options: &Options) -> Result<Row> {
         for ((meta, frames, out), target) in encoded.iter().zip(&mut targets) {
             pipeline::decode(codec, meta, Mode::Delta, frames, codec.unit(), target, limits.threads)?;
             let whole = out.whole.as_ref();
-            pipeline::verify(codec, meta, target, whole.map(|whole| &whole.digest), whole.and_then(|whole| whole.checksum))?;
+            pipeline::verify(
+                codec,
+                meta,
+                target,
+                whole.map(|whole| &whole.digest),
+                whole.and_then(|whole| whole.checksum),
+            )?;
         }
         decode.push(started.elapsed().as_secs_f64());
     }

@@ -1,0 +1,261 @@
+//! Huffman codes of at most 11 bits (RFC 8878, section 4.2).
+
+use super::bits::BitWriter;
+use super::fse::{Distribution, Encoder};
+
+/// The longest code that literals may have.
+const MAX_BITS: u32 = 11;
+
+/// How often each byte occurs.
+pub(crate) type Counts = [u32; 256];
+
+/// Counts the bytes.
+pub(crate) fn count(bytes: &[u8]) -> Counts {
+    // Eight tables: one byte after another in one table would wait for the increment of its like.
+    let mut tables = [[0u32; 256]; 8];
+    let (words, rest) = bytes.as_chunks::<8>();
+    for word in words {
+        for (table, &byte) in tables.iter_mut().zip(word) {
+            table[usize::from(byte)] += 1;
+        }
+    }
+    let [mut counts, others @ ..] = tables;
+    for &byte in rest {
+        counts[usize::from(byte)] += 1;
+    }
+    for other in others {
+        counts.iter_mut().zip(other).for_each(|(sum, count)| *sum += count);
+    }
+    counts
+}
+
+/// A code for bytes.
+#[derive(Debug, Clone)]
+pub(super) struct Code {
+    /// The length of each byte's code; 0 for none.
+    lengths: [u8; 256],
+    /// Each byte's code in the highest bits, its length in the lowest.
+    codes: [u64; 256],
+}
+
+impl Code {
+    /// The code for `counts`. `None` for fewer than two symbols.
+    pub(super) fn of(counts: &Counts) -> Option<Self> {
+        let lengths = code_lengths(counts, MAX_BITS)?;
+        let mut numbers = [0u64; MAX_BITS as usize + 1];
+        for &length in lengths.iter().filter(|length| **length > 0) {
+            numbers[usize::from(length)] += 1;
+        }
+        // Codes ascend with the byte among those of one length, and begin after the longer ones.
+        let mut next = 0;
+        for number in numbers.iter_mut().skip(1).rev() {
+            let count = std::mem::replace(number, next);
+            next = (next + count) >> 1;
+        }
+        let mut codes = [0; 256];
+        for (code, &length) in codes.iter_mut().zip(&lengths).filter(|(_, length)| **length > 0) {
+            let next = &mut numbers[usize::from(length)];
+            *code = *next << (64 - u32::from(length)) | u64::from(length);
+            *next += 1;
+        }
+        Some(Self { lengths, codes })
+    }
+
+    /// The bits that `counts` take; `None` if a byte has no code.
+    pub(super) fn cost(&self, counts: &Counts) -> Option<u64> {
+        let mut cost = 0;
+        for (&count, &length) in counts.iter().zip(&self.lengths).filter(|(count, _)| **count > 0) {
+            if length == 0 {
+                return None;
+            }
+            cost += u64::from(count) * u64::from(length);
+        }
+        Some(cost)
+    }
+
+    /// Writes the description of the code. The number of bytes, or `None` if they do not fit or there is none.
+    pub(super) fn write(&self, buffer: &mut [u8]) -> Option<usize> {
+        let longest = self.lengths.iter().max()?;
+        let last = self.lengths.iter().rposition(|&length| length > 0)?;
+        let weight = |&length: &u8| if length == 0 { 0 } else { longest + 1 - length };
+        // The last weight follows from the others.
+        let weights: Vec<u8> = self.lengths.iter().take(last).map(weight).collect();
+        let (head, body) = buffer.split_first_mut()?;
+        let packed = pack_weights(&weights, body).filter(|&length| length < 128);
+        let plain = weights.len().div_ceil(2);
+        if let Some(length) = packed
+            && (length < plain || weights.len() > 128)
+        {
+            *head = u8::try_from(length).ok()?;
+            return Some(1 + length);
+        }
+        *head = u8::try_from(127 + weights.len()).ok()?;
+        for (byte, pair) in body.get_mut(..plain)?.iter_mut().zip(weights.chunks(2)) {
+            *byte = pair.first()? << 4 | pair.get(1).unwrap_or(&0);
+        }
+        Some(1 + plain)
+    }
+
+    /// Encodes `literals`, which all have codes, as one stream. The number of bytes, or `None` if they do not fit.
+    pub(super) fn encode(&self, literals: &[u8], buffer: &mut [u8]) -> Option<usize> {
+        // New bits enter at the top. The lengths in the lowest bits of the codes are never written: at most 52 bits
+        // are held. Only the lowest byte of `bits` counts.
+        let (mut held, mut bits, mut at) = (0u64, 0u64, 0);
+        let put = |held: &mut u64, bits: &mut u64, literal: u8| {
+            let code = self.codes[usize::from(literal)];
+            *held = *held >> (code & 63) | code;
+            *bits = bits.wrapping_add(code);
+        };
+        let (head, groups) = literals.as_rchunks::<4>();
+        for group in groups.iter().rev() {
+            group.iter().rev().for_each(|&literal| put(&mut held, &mut bits, literal));
+            bits &= 0xff;
+            buffer.get_mut(at..at + 8)?.copy_from_slice(&(held >> ((64 - bits) & 63)).to_le_bytes());
+            at += usize::try_from(bits / 8).ok()?;
+            bits &= 7;
+        }
+        head.iter().rev().for_each(|&literal| put(&mut held, &mut bits, literal));
+        // One bit marks where the stream begins, which is read from its end.
+        held = held >> 1 | 1 << 63;
+        bits = (bits & 0xff) + 1;
+        buffer.get_mut(at..at + 8)?.copy_from_slice(&(held >> ((64 - bits) & 63)).to_le_bytes());
+        Some(at + usize::try_from(bits.div_ceil(8)).ok()?)
+    }
+
+    /// Encodes `literals` as four streams behind their jump table.
+    pub(super) fn encode_four(&self, literals: &[u8], buffer: &mut [u8]) -> Option<usize> {
+        let (jumps, body) = buffer.split_first_chunk_mut::<6>()?;
+        let mut at = 0;
+        let mut streams = literals.chunks(literals.len().div_ceil(4).max(1));
+        for index in 0..4 {
+            let length = self.encode(streams.next().unwrap_or_default(), body.get_mut(at..)?)?;
+            if let Some(jump) = jumps.as_chunks_mut::<2>().0.get_mut(index) {
+                *jump = u16::try_from(length).ok()?.to_le_bytes();
+            }
+            at += length;
+        }
+        Some(6 + at)
+    }
+}
+
+/// How long the code of each symbol is, at most `longest` bits, which allows for all of them; 0 for one that does not
+/// occur. `None` for fewer than two.
+pub(crate) fn code_lengths<const N: usize>(counts: &[u32; N], longest: u32) -> Option<[u8; N]> {
+    let mut symbols: Vec<(u32, usize)> =
+        counts.iter().copied().zip(0..).filter(|(count, _)| *count > 0).collect();
+    if symbols.len() < 2 {
+        return None;
+    }
+    symbols.sort_unstable();
+    let mut sorted = depths(&symbols);
+    limit(&mut sorted, longest);
+    let mut lengths = [0; N];
+    for (&(_, symbol), length) in symbols.iter().zip(sorted) {
+        *lengths.get_mut(symbol)? = length.to_le_bytes()[0];
+    }
+    Some(lengths)
+}
+
+/// The depth of each symbol in the Huffman tree. Symbols ascend by count; there are two at least.
+fn depths(symbols: &[(u32, usize)]) -> Vec<u32> {
+    let leaves = symbols.len();
+    // Leaves, then inner nodes in the order in which they are made, which is that of their counts.
+    let mut counts: Vec<u64> = symbols.iter().map(|(count, _)| u64::from(*count)).collect();
+    let mut parents = vec![0; 2 * leaves - 1];
+    let (mut leaf, mut inner) = (0, leaves);
+    for node in leaves..2 * leaves - 1 {
+        let mut sum = 0;
+        for _ in 0..2 {
+            let take_leaf = leaf < leaves && (inner >= node || counts[leaf] <= counts[inner]);
+            let child = if take_leaf { &mut leaf } else { &mut inner };
+            sum += counts[*child];
+            parents[*child] = node;
+            *child += 1;
+        }
+        counts.push(sum);
+    }
+    let mut depths = vec![0; 2 * leaves - 1];
+    for node in (0..2 * leaves - 2).rev() {
+        depths[node] = depths[parents[node]] + 1;
+    }
+    depths.truncate(leaves);
+    depths
+}
+
+/// Makes no length longer than `longest`, and the code complete again. Rare symbols come first.
+fn limit(lengths: &mut [u32], longest: u32) {
+    let whole = 1u64 << longest;
+    let room = |length: u32| 1u64 << (longest - length);
+    lengths.iter_mut().for_each(|length| *length = (*length).min(longest));
+    let mut used: u64 = lengths.iter().map(|&length| room(length)).sum();
+    while used > whole {
+        // The rarest of those that have the longest code that can grow.
+        let long = lengths.iter().copied().filter(|&length| length < longest).max();
+        let Some(length) = lengths.iter_mut().find(|length| Some(**length) == long) else { break };
+        used -= room(*length) / 2;
+        *length += 1;
+    }
+    while used < whole {
+        let left = whole - used;
+        let Some(length) = lengths.iter_mut().rev().find(|length| **length > 1 && room(**length) <= left)
+        else {
+            break;
+        };
+        used += room(*length);
+        *length -= 1;
+    }
+}
+
+/// Two interleaved states over the weights.
+fn pack_weights(weights: &[u8], buffer: &mut [u8]) -> Option<usize> {
+    let mut counts = [0; 12];
+    for &weight in weights {
+        *counts.get_mut(usize::from(weight))? += 1;
+    }
+    let distribution = Distribution::of(&counts, u32::try_from(weights.len()).ok()?, 6)?;
+    let head = distribution.write(buffer)?;
+    let encoder = Encoder::new(&distribution);
+    let mut out = BitWriter::new(buffer.get_mut(head..)?);
+    let mut states = [None, None];
+    for (index, &weight) in weights.iter().enumerate().rev() {
+        match &mut states[index % 2] {
+            Some(state) => encoder.encode(state, weight, &mut out),
+            state => *state = Some(encoder.begin(weight)),
+        }
+        out.flush();
+    }
+    let [even, odd] = states;
+    encoder.end(odd?, &mut out);
+    encoder.end(even?, &mut out);
+    Some(head + out.end_marked()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_complete_and_short_whatever_the_counts() {
+        let fibonacci = |n: usize| {
+            let mut counts = [0; 256];
+            let (mut a, mut b) = (1u32, 1u32);
+            for count in counts.iter_mut().take(n) {
+                *count = a;
+                (a, b) = (b, a.saturating_add(b).min(1 << 24));
+            }
+            counts
+        };
+        let mut steep = [1; 256];
+        steep[3] = 1 << 30;
+        for counts in [fibonacci(2), fibonacci(12), fibonacci(30), fibonacci(256), [1; 256], steep] {
+            let code = Code::of(&counts).unwrap();
+            let lengths = code.lengths.map(u32::from);
+            assert!(lengths.iter().all(|&length| length <= MAX_BITS));
+            assert!(lengths.iter().zip(&counts).all(|(length, count)| (*length > 0) == (*count > 0)));
+            let used: u32 =
+                lengths.iter().filter(|length| **length > 0).map(|length| 1 << (11 - length)).sum();
+            assert_eq!(used, 1 << 11);
+        }
+        assert!(Code::of(&[0; 256]).is_none());
+    }
+}
