@@ -21,10 +21,11 @@ def status_kib(field):
     raise OSError(f"no {field} in the process status")
 
 
-def measured(rounds, call):
+def measured(rounds, call, before_each=lambda: None):
     best, extra, result = float("inf"), None, None
     for _ in range(rounds):
         result = None
+        before_each()
         try:
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")
@@ -39,7 +40,7 @@ def measured(rounds, call):
     return best, extra, result
 
 
-def bench(base, current, kind, rounds, pool):
+def bench(base, current, kind, rounds, pool, threads):
     raw = sum(tensor.numel() * tensor.element_size() for tensor in current.values())
     encode_seconds, encode_mib, (deltas, checksums) = measured(
         rounds, lambda: public.delta_compress_dicts(src=base, dst=current, compression_format=kind, executor=pool)
@@ -64,6 +65,7 @@ def bench(base, current, kind, rounds, pool):
         "extra_mib": max(mib) if mib else None,
         "encoded_bytes": encoded,
         "raw_bytes": raw,
+        "threads": threads,
     }
 
 
@@ -78,7 +80,8 @@ def main():
     base, _ = arc_files.load(options.parent)
     current, _ = arc_files.load(options.current)
     with ThreadPoolExecutor(options.threads) as pool:
-        rows = [bench(base, current, kind, options.rounds, pool) for kind in options.codecs.split(",")]
+        kinds = options.codecs.split(",")
+        rows = [bench(base, current, kind, options.rounds, pool, options.threads) for kind in kinds]
     print(json.dumps({"rows": rows}))
 
 

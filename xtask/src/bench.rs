@@ -1,4 +1,10 @@
-//! `bench codec`: ratio, speed and memory of every codec on real training steps.
+//! `bench`: size, speed and memory of the codecs beside those of others, and memory on a model of several GiB.
+
+mod memory;
+mod pairs;
+mod report;
+mod section;
+mod tables;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -8,173 +14,249 @@ use serde_json::{Value, json};
 use crate::args::Args;
 use crate::python::{PACKAGE, Python};
 use crate::stop::{Result, Stop, file_error};
-use crate::table::Table;
 use crate::workspace::Context;
 
+use pairs::Pair;
+use report::{Codec, Report};
+
 pub(crate) const HELP: &str = "\
-Builds `towline` in release and measures every codec on pairs of real checkpoints. Prints a Markdown table.
+Builds xtask/peers in release and measures every codec beside those of others on pairs of real checkpoints: all on the
+same buffers in the same run, each in processes of its own, beside a bare scan and a copy. Prints Markdown tables, and
+PASS or FAIL: whether our best codec is smaller than every other in every row.
 
-Usage: cargo xtask bench [codec] [--fixtures DIR] [--codecs A,B] [--threads N] [--python] [--out FILE] [--json]
+Usage: cargo xtask bench [codec] [--quick] [--pairs A,B] [--codecs A,B] [--threads 1,2] [--runs N] [--python]
+                         [--fixtures DIR] [--corpus DIR] [--out FILE] [--check] [--json]
+       cargo xtask bench memory [--codec ID] [--threads 1,2] [--gib N] [--out FILE] [--check] [--json]
 
-  --fixtures DIR  the weights; ../shared/fixtures/weights by default
-  --codecs A,B    raw,zstd,lz4,arc_v1,arc_v2,arc_v3 by default
-  --threads N     all cores by default
-  --python        measure the public Python package beside ours (makes .venv-interop, which brings torch)
-  --out FILE      write the table to a file too
-  --towline PATH  a built `towline`; it is built here by default
+  --quick         3 runs, of our best codec, pcodec and zstd alone
+  --pairs A,B     the pairs whose names contain one of these; all by default
+  --codecs A,B    ours and others by name (`towline-peers list`); all but raw by default
+  --threads 1,2   1 and 2 by default
+  --runs N        runs of each; the median counts; 5 by default
+  --python        the public Python packages too (makes .venv-interop, which brings torch)
+  --fixtures DIR  small weights; ../shared/fixtures/weights by default, where it is there
+  --corpus DIR    what `cargo xtask corpus` made; target/corpus by default, where it is there
+  --out FILE      write the tables into a file: between its marks, or behind what it holds
+  --check         exit with 1 on FAIL
+  --gib N         how large the made-up model of `bench memory` is; 4 by default, which takes 9 GiB of memory
 
-Example: cargo xtask bench codec --python --out target/bench/codec.md";
+Example: cargo xtask bench codec --python --out docs/benchmarks.md";
 
-/// What a pair is called, its parent and the delta that makes its next checkpoint.
-const PAIRS: [(&str, &str, &str); 5] = [
-    ("bf16, RL at 1e-6", "minilm-bf16-prev", "minilm-bf16-rl-lr1e-06"),
-    ("bf16, RL at 1e-5", "minilm-bf16-prev", "minilm-bf16-rl-lr1e-05"),
-    ("bf16 slice, SFT at 2e-5", "minilm-sft-slice-prev", "minilm-sft-slice"),
-    ("f16 slice, RL", "minilm-f16-slice-prev", "minilm-f16-slice"),
-    ("f32 slice, RL", "minilm-f32-slice-prev", "minilm-f32-slice"),
-];
-const CODECS: &str = "raw,zstd,lz4,arc_v1,arc_v2,arc_v3";
-const DEADLINE: Duration = Duration::from_secs(15 * 60);
+const MANIFEST: &str = "xtask/peers/Cargo.toml";
+/// The codecs of which the first that is there must beat the others.
+const BEST: [&str; 2] = ["octave", "zstd"];
+/// For one pair. Some peers take a minute a run.
+const DEADLINE: Duration = Duration::from_secs(2 * 60 * 60);
 
 pub(crate) fn command(context: &Context, mut args: Args) -> Result<()> {
-    let fixtures = args.value("--fixtures")?;
-    let codecs = args.value("--codecs")?.unwrap_or_else(|| CODECS.to_owned());
-    let threads = args.number("--threads")?;
-    let python = args.flag("--python");
-    let out = args.value("--out")?.map(PathBuf::from);
-    let towline = args.value("--towline")?.map(PathBuf::from);
     match args.positional().as_deref() {
-        None | Some("codec") => {}
-        Some(other) => return Err(Stop::Usage(format!("no benchmark `{other}`: there is `codec`"))),
+        None | Some("codec") => codec(context, args),
+        Some("memory") => memory::command(context, args),
+        Some(other) => Err(Stop::Usage(format!("no benchmark `{other}`: there are `codec` and `memory`"))),
     }
-    args.finish()?;
-
-    let fixtures = fixtures.map_or_else(|| context.root.join("../shared/fixtures/weights"), PathBuf::from);
-    if !fixtures.is_dir() {
-        return Err(Stop::failed(format!(
-            "the fixtures `{}` are not there (help: name a folder that holds them with --fixtures)",
-            fixtures.display()
-        )));
-    }
-    let threads = match threads {
-        Some(threads) => threads.to_string(),
-        None => std::thread::available_parallelism().map_or(1, usize::from).to_string(),
-    };
-    let python = if python { Some(Python::prepare(context, false)?) } else { None };
-    let towline = towline.map_or_else(|| context.towline(true), Ok)?;
-    let bench = Bench { context, towline, python, codecs, threads };
-    bench.run(&fixtures, out.as_deref())
 }
 
-/// What a run of the benchmark needs.
+/// The measuring program and where its files go.
+struct Program {
+    path: PathBuf,
+    scratch: PathBuf,
+}
+
+impl Program {
+    /// Builds it. Its target folder lies inside ours, so that it stays out of git and goes with `cargo clean`.
+    fn build(context: &Context) -> Result<Self> {
+        if !context.root.join(MANIFEST).is_file() {
+            return Err(Stop::failed(format!("`{MANIFEST}` is missing: there is nothing to measure with")));
+        }
+        let target = context.target()?;
+        let home = target.join("peers");
+        context.say("building xtask/peers");
+        context
+            .cargo(&["build", "--release", "--manifest-path", MANIFEST, "--target-dir"])
+            .args(&[&home])
+            .run()?;
+        let scratch = target.join("bench");
+        std::fs::create_dir_all(&scratch).map_err(file_error("create", &scratch))?;
+        Ok(Self {
+            path: home.join("release").join(format!("towline-peers{}", std::env::consts::EXE_SUFFIX)),
+            scratch,
+        })
+    }
+
+    /// Runs it; what it prints is JSON.
+    fn run<S: AsRef<std::ffi::OsStr>>(&self, context: &Context, arguments: &[S]) -> Result<Value> {
+        let text = context.job(&self.path).args(arguments).deadline(DEADLINE).output()?;
+        serde_json::from_str(&text)
+            .map_err(|error| Stop::failed(format!("the measuring program printed no JSON: {error}")))
+    }
+}
+
+fn codec(context: &Context, mut args: Args) -> Result<()> {
+    let (quick, python, check) = (args.flag("--quick"), args.flag("--python"), args.flag("--check"));
+    let (names, codecs) = (args.list("--pairs")?, args.list("--codecs")?);
+    let threads = threads(&mut args)?;
+    let runs = args.number("--runs")?.unwrap_or(if quick { 3 } else { 5 });
+    let (fixtures, corpus) =
+        (args.value("--fixtures")?.map(PathBuf::from), args.value("--corpus")?.map(PathBuf::from));
+    let out = args.value("--out")?.map(PathBuf::from);
+    args.finish()?;
+
+    let found = pairs::find(context, fixtures.as_deref(), corpus.as_deref(), &names)?;
+    let python = if python { Some(Python::prepare(context, false)?) } else { None };
+    let program = Program::build(context)?;
+    let best = best(&program.run(context, &["list"])?)?;
+    let codecs = match (codecs.is_empty(), quick) {
+        (true, true) => vec![best.clone(), "pcodec".to_owned(), "zstd-1".to_owned()],
+        (true, false) | (false, _) => codecs,
+    };
+    let asked = if quick { String::new() } else { codecs.join(",") };
+    let mut flags = String::new();
+    for (flag, value) in [("--pairs", names.join(",")), ("--codecs", asked)] {
+        if !value.is_empty() {
+            flags.push_str(&format!(" {flag} {value}"));
+        }
+    }
+    for (flag, set) in [(" --quick", quick), (" --python", python.is_some())] {
+        flags.push_str(if set { flag } else { "" });
+    }
+    let load = load();
+    let bench = Bench { context, program, python, codecs, threads, runs };
+    let mut reports = Vec::new();
+    for pair in &found {
+        context.say(format!("bench {} ({}/{})", pair.name, reports.len() + 1, found.len()));
+        let report = bench.pair(pair)?;
+        context.say(format!("  {}", tables::line(&report)));
+        reports.push(report);
+    }
+
+    let caption = format!(
+        "Measured by `cargo xtask bench codec{flags}` on {}{load}. Medians of {runs} runs on {} threads.",
+        machine(),
+        bench.threads.replace(',', " and ")
+    );
+    let verdict = report::verdict(&best, &reports);
+    let text = tables::all(&caption, &best, &reports, &verdict);
+    context.say(format!("\n{text}"));
+    let rows: Vec<&Value> = reports.iter().map(|report| &report.json).collect();
+    context.emit(
+        &json!({"machine": machine(), "best": best, "runs": runs, "threads": bench.threads, "pairs": rows,
+                         "pass": verdict.pass, "verdict": verdict.lines}),
+    );
+    if let Some(path) = out {
+        section::write(&path, "bench-codec", &text)?;
+    }
+    let failed: usize = reports.iter().map(|report| report.failed.len()).sum();
+    match (failed, check && !verdict.pass) {
+        (0, false) => Ok(()),
+        (0, true) => Err(Stop::failed("the verdict is FAIL")),
+        (failed, _) => Err(Stop::failed(format!("{failed} codecs could not be measured"))),
+    }
+}
+
+/// What a run needs.
 struct Bench<'a> {
     context: &'a Context,
-    towline: PathBuf,
+    program: Program,
     python: Option<Python>,
-    codecs: String,
+    codecs: Vec<String>,
     threads: String,
+    runs: u64,
 }
 
 impl Bench<'_> {
-    fn run(&self, fixtures: &Path, out: Option<&Path>) -> Result<()> {
-        let scratch = self.context.target()?.join("bench");
-        std::fs::create_dir_all(&scratch).map_err(file_error("create", &scratch))?;
-        let mut table =
-            Table::new(&["pair", "codec", "ratio %", "encode GB/s", "decode GB/s", "extra memory MiB"]);
-        let mut rows = Vec::new();
-        for (pair, parent, delta) in PAIRS {
-            self.context.say(format!("bench {pair}"));
-            let parent = fixtures.join(format!("{parent}.safetensors"));
-            let current = scratch.join(format!("{delta}-next.safetensors"));
-            let delta = fixtures.join(format!("{delta}.arc_v2.safetensors"));
-            self.make_next(&parent, &delta, &current)?;
-            for (row, by) in self.measure(&parent, &current)? {
-                table.row(cells(pair, &row, by)?);
-                rows.push(json!({"pair": pair, "by": by, "figures": row}));
+    fn pair(&self, pair: &Pair) -> Result<Report> {
+        let (parent, current) = self.files(pair)?;
+        let mut arguments: Vec<std::ffi::OsString> = vec!["codec".into()];
+        let mut option = |name: &str, value: std::ffi::OsString| arguments.extend([name.into(), value]);
+        match &parent {
+            Some(parent) => {
+                option("--parent", parent.into());
+                option("--current", (&current).into());
             }
+            None => option("--base", (&current).into()),
         }
-        let text = format!("{}\n\n{}", self.caption(), table.markdown());
-        self.context.say(format!("\n{text}"));
-        self.context.emit(&json!({"rows": rows, "threads": self.threads, "machine": machine()}));
-        if let Some(path) = out {
-            std::fs::write(path, text).map_err(file_error("write", path))?;
+        option("--threads", (&self.threads).into());
+        option("--runs", self.runs.to_string().into());
+        option("--scratch", (&self.program.scratch).into());
+        if !self.codecs.is_empty() {
+            option("--codecs", self.codecs.join(",").into());
         }
-        Ok(())
+        let mut measured = self.program.run(self.context, &arguments)?;
+        let others = self.others(parent.as_deref(), &current)?;
+        if let Some(rows) = measured["rows"].as_array_mut() {
+            rows.extend(others);
+        }
+        Report::parse(pair, measured)
     }
 
-    fn make_next(&self, parent: &Path, delta: &Path, current: &Path) -> Result<()> {
-        let mut job = self.context.job(&self.towline).args(&["delta", "apply", "--json"]);
-        for (option, file) in [("--parent", parent), ("--delta", delta), ("-o", current)] {
-            job = job.args(&[option]).args(&[file]);
+    /// The pair's files; the next checkpoint is made where a pair is a checkpoint and a delta.
+    fn files(&self, pair: &Pair) -> Result<(Option<PathBuf>, PathBuf)> {
+        let Some(delta) = &pair.delta else { return Ok((pair.parent.clone(), pair.current.clone())) };
+        let parent = pair.parent.as_ref().ok_or_else(|| Stop::failed("a delta without a parent"))?;
+        let name = format!(
+            "{}-next.safetensors",
+            delta.file_name().map_or_else(String::new, |name| {
+                name.to_string_lossy().split('.').next().unwrap_or_default().to_owned()
+            })
+        );
+        let current = self.program.scratch.join(name);
+        let options: [(&str, &Path); 3] = [("--parent", parent), ("--delta", delta), ("--out", &current)];
+        let mut arguments: Vec<&std::ffi::OsStr> = vec!["next".as_ref()];
+        for (option, file) in options {
+            arguments.extend([option.as_ref(), file.as_os_str()]);
         }
-        job.deadline(DEADLINE).output().map(|_| ())
+        self.program.run(self.context, &arguments)?;
+        Ok((Some(parent.clone()), current))
     }
 
-    /// The rows of one pair and whose they are: ours, then those of the Python package.
-    fn measure(&self, parent: &Path, current: &Path) -> Result<Vec<(Value, &'static str)>> {
-        let arguments: [&std::ffi::OsStr; 8] = [
-            "--parent".as_ref(),
-            parent.as_ref(),
-            "--current".as_ref(),
-            current.as_ref(),
-            "--threads".as_ref(),
-            self.threads.as_ref(),
-            "--codecs".as_ref(),
-            self.codecs.as_ref(),
-        ];
-        let ours = self
-            .context
-            .job(&self.towline)
-            .args(&["bench", "codec", "--json"])
-            .args(&arguments)
-            .deadline(DEADLINE)
-            .output()?;
-        let mut rows: Vec<_> = rows_of(&ours)?.into_iter().map(|row| (row, "towline")).collect();
-        if let Some(python) = &self.python {
-            // Without `--codecs`: the package has its three formats alone.
-            let theirs = python
-                .script(self.context, "bench_arc.py")
-                .args(&arguments[..6])
-                .deadline(DEADLINE)
-                .output()?;
-            rows.extend(rows_of(&theirs)?.into_iter().map(|row| (row, "python")));
+    /// The rows of the Python packages: the one of the arc formats for deltas, ZipNN for both.
+    fn others(&self, parent: Option<&Path>, current: &Path) -> Result<Vec<Value>> {
+        let Some(python) = &self.python else { return Ok(Vec::new()) };
+        let mut rows = Vec::new();
+        let mut packages: Vec<&str> = if parent.is_some() { vec!["bench_arc.py"] } else { Vec::new() };
+        let zipnn = python.script(self.context, "bench_zipnn.py").args(&["--install"]);
+        match zipnn.deadline(Duration::from_secs(15 * 60)).output() {
+            Ok(_) => packages.push("bench_zipnn.py"),
+            Err(stop) => self.context.say(format!("without ZipNN, which could not be installed: {stop}")),
+        }
+        for script in packages {
+            for threads in self.threads.split(',') {
+                self.context.say(format!("  {script}, {threads} threads"));
+                let mut job = python.script(self.context, script).args(&["--threads", threads, "--current"]);
+                job = job.args(&[current]);
+                if let Some(parent) = parent {
+                    job = job.args(&["--parent"]).args(&[parent]);
+                }
+                let text = job.deadline(DEADLINE).output()?;
+                let printed: Value = serde_json::from_str(&text)
+                    .map_err(|error| Stop::failed(format!("{script} printed no JSON: {error}")))?;
+                for row in printed["rows"].as_array().into_iter().flatten() {
+                    let mut row = row.clone();
+                    row["by"] = json!("python");
+                    rows.push(row);
+                }
+            }
         }
         Ok(rows)
     }
+}
 
-    fn caption(&self) -> String {
-        let python = if self.python.is_some() { " --python" } else { "" };
-        let package = if self.python.is_some() { format!(" Python: {PACKAGE}.") } else { String::new() };
-        format!(
-            "Measured by `cargo xtask bench codec{python}` with {} threads on {}. Ratio: encoded bytes of raw bytes.{package}",
-            self.threads,
-            machine()
-        )
+/// Thread counts joined by commas; 1 and 2 by default.
+fn threads(args: &mut Args) -> Result<String> {
+    let threads = args.value("--threads")?.unwrap_or_else(|| "1,2".to_owned());
+    if threads.split(',').all(|text| text.parse::<u16>().is_ok_and(|count| count > 0)) {
+        return Ok(threads);
     }
+    Err(Stop::Usage(format!("`--threads` wants numbers joined by commas, not `{threads}`")))
 }
 
-fn rows_of(text: &str) -> Result<Vec<Value>> {
-    serde_json::from_str::<Value>(text)
-        .ok()
-        .and_then(|value| value.get("rows")?.as_array().cloned())
-        .filter(|rows| !rows.is_empty())
-        .ok_or_else(|| Stop::failed("the benchmark printed no rows"))
-}
-
-fn cells(pair: &str, row: &Value, by: &str) -> Result<Vec<String>> {
-    let number = |key: &str| {
-        row[key].as_f64().ok_or_else(|| Stop::failed(format!("a row of the benchmark has no number `{key}`")))
-    };
-    let codec = row["codec"].as_str().unwrap_or("?");
-    let codec = if by == "python" { format!("{codec}, Python") } else { codec.to_owned() };
-    Ok(vec![
-        pair.to_owned(),
-        codec,
-        format!("{:.3}", 100.0 * number("encoded_bytes")? / number("raw_bytes")?),
-        format!("{:.2}", number("encode_gbps")?),
-        format!("{:.2}", number("decode_gbps")?),
-        row["extra_mib"].as_f64().map_or_else(|| "not measured".to_owned(), |mib| format!("{mib:.0}")),
-    ])
+/// The codec of ours that must beat the others.
+fn best(list: &Value) -> Result<String> {
+    let ours: Vec<&str> = crate::workspace::strings(&list["ours"]).collect();
+    BEST.iter()
+        .find(|id| ours.contains(id))
+        .map(|id| (*id).to_owned())
+        .ok_or_else(|| Stop::failed("the measuring program knows none of our codecs"))
 }
 
 /// The processor's name and the number of cores.
@@ -190,18 +272,32 @@ fn machine() -> String {
     format!("{cores} cores of {name}")
 }
 
+/// How busy the machine was with other things, where it tells.
+fn load() -> String {
+    std::fs::read_to_string("/proc/loadavg")
+        .ok()
+        .and_then(|text| Some(format!(" (load {} at the start)", text.split_whitespace().next()?)))
+        .unwrap_or_default()
+}
+
+/// How a package of Python is called in a caption.
+fn packages(reports: &[Report]) -> String {
+    let has = |codec: Codec| reports.iter().any(|report| report.codecs().contains(&codec));
+    if has(Codec::python("arc_v2")) { format!(" Python: {PACKAGE}, ZipNN.") } else { String::new() }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_row_is_shown_and_a_broken_one_refused() {
-        let row = json!({"codec": "arc_v2", "encode_gbps": 1.234, "decode_gbps": 2.0, "extra_mib": null,
-                         "encoded_bytes": 5, "raw_bytes": 1000});
-        let shown = cells("p", &row, "python").unwrap();
-        assert_eq!(shown, ["p", "arc_v2, Python", "0.500", "1.23", "2.00", "not measured"]);
-        assert!(cells("p", &json!({"codec": "raw"}), "towline").is_err());
-        assert!(rows_of(r#"{"rows":[]}"#).is_err());
-        assert!(rows_of("noise").is_err());
+    fn threads_and_the_best_codec() {
+        let args = |text: &str| Args::new(text.split_whitespace().map(str::to_owned));
+        assert_eq!(threads(&mut args("")).unwrap(), "1,2");
+        assert_eq!(threads(&mut args("--threads 4")).unwrap(), "4");
+        assert!(threads(&mut args("--threads 1,0")).is_err());
+        assert_eq!(best(&json!({"ours": ["raw", "zstd", "octave"]})).unwrap(), "octave");
+        assert_eq!(best(&json!({"ours": ["raw", "zstd"]})).unwrap(), "zstd");
+        assert!(best(&json!({"ours": []})).is_err());
     }
 }

@@ -1,0 +1,76 @@
+//! Measures Towline's codecs and those of others on the same buffers in the same run: size, speed, memory, and how
+//! far each is from the entropy floor, from a bare scan and from a copy. `cargo xtask bench` builds and runs it.
+//!
+//! Every codec runs in processes of its own, one that encodes and one that decodes, so that memory which one has
+//! freed does not hide what the next one takes. It prints JSON.
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a command-line tool: printing is what it does"
+)]
+
+mod args;
+mod compare;
+mod files;
+mod floor;
+mod measure;
+mod memory;
+mod ours;
+mod peers;
+mod physics;
+mod system;
+#[cfg(test)]
+mod testing;
+mod work;
+
+use std::process::ExitCode;
+
+use serde_json::Value;
+use towline_core::{Error, Result};
+
+use crate::args::Args;
+
+const HELP: &str = "\
+Measures the codecs of Towline and of others on one pair of checkpoints, or on one base. Prints JSON.
+
+Usage:
+  towline-peers codec (--parent A --current B | --base FILE) [--codecs X,Y] [--threads 1,2] [--runs 5] [--scratch DIR]
+  towline-peers memory [--codec octave] [--threads 1,2] [--gib 4] [--scratch DIR]
+  towline-peers next --parent A --delta D --out B      applies a delta in the safetensors form of the arc formats
+  towline-peers list                                   the codecs";
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(value) => {
+            println!("{value}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("error: {error}");
+            if let Some(help) = error.help() {
+                eprintln!("help: {help}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<Value> {
+    let mut args = Args::new(std::env::args().skip(1));
+    if args.flag("--help") {
+        eprintln!("{HELP}");
+        return Ok(Value::Null);
+    }
+    match args.word().as_deref() {
+        Some("codec") => compare::command(args),
+        Some("memory") => memory::command(args),
+        Some("next") => files::next(args),
+        Some("list") => Ok(compare::list()),
+        // The processes that `codec` and `memory` start.
+        Some("encode-one") => measure::encode(args),
+        Some("decode-one") => measure::decode(args),
+        Some("memory-encode") => memory::encode(args),
+        Some("memory-decode") => memory::decode(args),
+        other => Err(Error::invalid(format!("no command {}", other.unwrap_or("was given"))).with_help(HELP)),
+    }
+}
