@@ -9,9 +9,11 @@ mod bits;
 mod classes;
 mod dense;
 mod elem;
+mod numbers;
 mod rans;
 mod simd;
 mod sparse;
+mod tiles;
 mod tokens;
 
 use std::cell::RefCell;
@@ -68,7 +70,7 @@ impl Octave {
 struct Scratch {
     masks: Vec<u64>,
     // On the heap from the start: the compiler takes minutes over arrays of this size on the stack.
-    tile: Box<simd::TileMasks>,
+    tile: Box<tiles::TileMasks>,
     lists: sparse::Lists,
     changes: sparse::Changes,
     magnitudes: sparse::Buffers,
@@ -198,7 +200,7 @@ fn encode<E: Elem>(
         return;
     };
     let old = E::split(parent);
-    let changed = simd::differing::<E>(level, old, new, &mut scratch.masks);
+    let changed = tiles::differing::<E>(level, old, new, &mut scratch.masks);
     let few = new.len() < FEW;
     if changed == 0 {
         out.push(Form::Same as u8);

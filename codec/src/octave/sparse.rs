@@ -3,45 +3,26 @@
 
 use towline_core::{Error, Result};
 
-use super::bits::{BitReader, BitWriter, MAX_RICE, low};
+use super::bits::{BitReader, BitWriter, MAX_RICE};
 use super::classes::{Census, Classes, MAX};
 use super::elem::Elem;
+use super::numbers::{MAGNITUDE_TOKENS, Numbers, best, read_numbers, rice_parameter, write_numbers};
 use super::rans::{self, Chances, DecodeTable, EncodeTable, Words};
-use super::simd::{Instructions, Isa, Kernel, TILE, TileMasks};
-use super::tokens::Tokens;
+use super::simd::{Instructions, Isa, Kernel, TILE};
+use super::tiles::TileMasks;
 
 /// About the bits of a class in the header.
 const CLASS_BITS: f64 = 28.0;
-/// The order of the Exp-Golomb codes for the changes of a class and for those listed.
+/// The order of the Exp-Golomb codes for the changes of a class.
 const COUNT_ORDER: u32 = 6;
-const LISTED_ORDER: u32 = 3;
-/// About the bits by which the header of a list is longer than that of other forms.
-const LISTED_BITS: u64 = 10;
 /// The order of the Exp-Golomb code for the words of the magnitudes.
 const WORDS_ORDER: u32 = 6;
-/// Magnitudes less 1 from here on share a token by the number of their bits.
-const MAGNITUDE_TOKENS: Tokens = Tokens { direct: 24 };
 /// A token of coded magnitudes counts 2 to 4 of their mean and covers no more than that many.
 const MEAN_BITS: u32 = 4;
 /// The least bits that tables must save: those of the coder's states and the number of its words.
 const CODER_BITS: f64 = 56.0;
 /// What the first class's Rice parameter is compared with.
 const FIRST_RICE: u32 = 2;
-
-/// How the gaps or the magnitudes (less 1) of a class are written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Numbers {
-    /// All are 0.
-    Zero,
-    /// A Rice code for each.
-    Each { order: u32 },
-    /// Those above 0 are listed: their count, the orders of the numbers of zeros before them and of their values.
-    Listed { count: usize, zeros: u32, value: u32 },
-    /// As many bits for each.
-    Fixed { bits: u32 },
-    /// A token for each, entropy-coded apart, and its low bits.
-    Coded { shift: u32 },
-}
 
 /// The changes of one class, in order.
 #[derive(Debug, Default)]
@@ -251,117 +232,6 @@ fn plans(lists: &[List]) -> [(Numbers, Numbers); MAX] {
     if saved > CODER_BITS { coded } else { plans }
 }
 
-/// The best form without a table for `count` numbers, of which `above` are not 0, and about the bits that it takes.
-fn best(
-    count: usize,
-    numbers: impl Iterator<Item = u64> + Clone,
-    above: impl Iterator<Item = (u32, u64)> + Clone,
-) -> (Numbers, u64) {
-    let (order, each) = rice_for(count, numbers.clone());
-    let mut best = (Numbers::Each { order }, each);
-    let some = above.clone().count();
-    if some * 2 < count {
-        let mut next = 0;
-        let zeros = above.clone().map(move |(index, _)| {
-            let zeros = index - next;
-            next = index + 1;
-            u64::from(zeros)
-        });
-        let (zeros, places) = rice_for(some, zeros);
-        let (value, values) = rice_for(some, above.map(|(_, number)| number - 1));
-        if some == 0 {
-            best = (Numbers::Zero, 0);
-        } else if places + values + LISTED_BITS < best.1 {
-            best = (Numbers::Listed { count: some, zeros, value }, places + values + LISTED_BITS);
-        }
-    } else {
-        let bits = 64 - numbers.fold(0, |all, number| all | number).leading_zeros();
-        let fixed = u64::from(bits) * count as u64;
-        if bits <= MAX_RICE && fixed < best.1 {
-            best = (Numbers::Fixed { bits }, fixed);
-        }
-    }
-    best
-}
-
-impl Numbers {
-    /// What a reader has to know. Gaps are never coded.
-    fn write(self, bits: &mut BitWriter<'_>, coded: bool) {
-        match self {
-            Self::Zero => bits.put(0, 1),
-            Self::Listed { count, zeros, value } => {
-                bits.put(1, 2);
-                bits.exp_golomb(count as u64, LISTED_ORDER);
-                bits.exp_golomb(u64::from(zeros), 1);
-                bits.exp_golomb(u64::from(value), 0);
-            }
-            Self::Each { order } => {
-                bits.put(0b0011, 3 + u32::from(coded));
-                bits.exp_golomb(u64::from(order), 1);
-            }
-            Self::Fixed { bits: count } => {
-                bits.put(0b0111, 3 + u32::from(coded));
-                bits.exp_golomb(u64::from(count), 1);
-            }
-            Self::Coded { shift } => {
-                bits.put(0b1011, 4);
-                bits.exp_golomb(u64::from(shift), 1);
-            }
-        }
-    }
-
-    fn read(bits: &mut BitReader<'_>, coded: bool, numbers: u64) -> Result<Self> {
-        if bits.take(1) == 0 {
-            return Ok(Self::Zero);
-        }
-        if bits.take(1) == 0 {
-            let count = bits.exp_golomb(LISTED_ORDER)?;
-            if count > numbers {
-                return Err(Error::corrupt(format!("{count} of {numbers} numbers are listed")));
-            }
-            let zeros = rice_parameter(bits.exp_golomb(1)?)?;
-            return Ok(Self::Listed {
-                count: count as usize,
-                zeros,
-                value: rice_parameter(bits.exp_golomb(0)?)?,
-            });
-        }
-        let form = bits.take(1 + u32::from(coded));
-        let order = rice_parameter(bits.exp_golomb(1)?)?;
-        match form {
-            0 => Ok(Self::Each { order }),
-            1 => Ok(Self::Fixed { bits: order }),
-            2 => Ok(Self::Coded { shift: order }),
-            _ => Err(Error::corrupt("a form of numbers is unknown")),
-        }
-    }
-}
-
-fn write_numbers(form: Numbers, numbers: impl Iterator<Item = u64>, bits: &mut BitWriter<'_>) {
-    match form {
-        Numbers::Zero => {}
-        Numbers::Each { order } => numbers.for_each(|number| bits.rice(number, order)),
-        Numbers::Fixed { bits: count } => numbers.for_each(|number| bits.put(number, count)),
-        Numbers::Listed { zeros, value, .. } => {
-            let mut run = 0;
-            for number in numbers {
-                if number == 0 {
-                    run += 1;
-                } else {
-                    bits.rice(run, zeros);
-                    bits.rice(number - 1, value);
-                    run = 0;
-                }
-            }
-        }
-        Numbers::Coded { shift } => numbers.for_each(|number| {
-            let extra = MAGNITUDE_TOKENS.extra_bits(MAGNITUDE_TOKENS.of(number >> shift));
-            bits.put_wide(number & low(shift), shift);
-            bits.put_wide(MAGNITUDE_TOKENS.extra(number >> shift, extra), extra);
-        }),
-    }
-}
-
 impl List {
     /// The magnitude of each change, less 1.
     fn each(&self) -> impl Iterator<Item = u64> + Clone {
@@ -392,18 +262,6 @@ impl List {
         let extra: u32 = extra.map(|(token, &count)| MAGNITUDE_TOKENS.extra_bits(token) * count).sum();
         (self.gaps.len() * shift as usize) as f64 + f64::from(extra)
     }
-}
-
-/// The best Rice parameter for `count` numbers, and about the bits that they then take.
-fn rice_for(count: usize, numbers: impl Iterator<Item = u64> + Clone) -> (u32, u64) {
-    let count = count as u64;
-    // A few wild numbers go into tails and must not decide.
-    let sum: u64 = numbers.clone().map(|number| number.min(1 << 32)).sum();
-    let middle = (sum / count.max(1) + 1).ilog2().min(MAX_RICE);
-    let heads = |order: u32| numbers.clone().map(|number| (number >> order).min(64)).sum::<u64>();
-    let costs =
-        (middle.saturating_sub(1)..=middle).map(|order| (order, count * u64::from(1 + order) + heads(order)));
-    costs.min_by_key(|&(_, cost)| cost).unwrap_or((0, 0))
 }
 
 fn zigzag(number: i64) -> u64 {
@@ -464,12 +322,6 @@ impl Header {
     fn changed(&self) -> usize {
         self.plans.iter().map(|plan| plan.0).sum()
     }
-}
-
-fn rice_parameter(order: u64) -> Result<u32> {
-    u32::try_from(order).ok().filter(|&order| order <= MAX_RICE).ok_or_else(|| {
-        Error::corrupt(format!("a Rice parameter is {}, above {MAX_RICE}", order.cast_signed()))
-    })
 }
 
 /// How many of `elements` a body changes.
@@ -583,42 +435,6 @@ impl Changes {
             }
             Ok(())
         })
-    }
-}
-
-/// Reads `count` numbers and gives each with its index to `take`.
-#[inline(always)]
-fn read_numbers(
-    form: Numbers,
-    bits: &mut BitReader<'_>,
-    count: usize,
-    tokens: &mut std::slice::Iter<'_, u8>,
-    mut take: impl FnMut(usize, u64) -> Result<()>,
-) -> Result<()> {
-    match form {
-        Numbers::Zero => (0..count).try_for_each(|index| take(index, 0)),
-        Numbers::Each { order } => (0..count).try_for_each(|index| take(index, bits.rice(order)?)),
-        Numbers::Fixed { bits: length } => (0..count).try_for_each(|index| take(index, bits.take(length))),
-        Numbers::Listed { count: listed, zeros, value } => {
-            let mut done = 0;
-            for _ in 0..listed {
-                let run = bits.rice(zeros)?;
-                if run >= (count - done) as u64 {
-                    return Err(Error::corrupt("a number is listed behind the last one"));
-                }
-                let index = done + run as usize;
-                (done..index).try_for_each(|index| take(index, 0))?;
-                take(index, bits.rice(value)?.saturating_add(1))?;
-                done = index + 1;
-            }
-            (done..count).try_for_each(|index| take(index, 0))
-        }
-        Numbers::Coded { shift } => (0..count).zip(tokens.by_ref()).try_for_each(|(index, &token)| {
-            let bottom = bits.take(shift);
-            let extra = bits.take_wide(MAGNITUDE_TOKENS.extra_bits(token).min(64));
-            let top = MAGNITUDE_TOKENS.any_value(token, extra).checked_shl(shift).unwrap_or(0);
-            take(index, top | bottom)
-        }),
     }
 }
 
