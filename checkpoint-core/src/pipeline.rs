@@ -116,7 +116,9 @@ pub fn encode(
             };
             batch.push(Job { index, meta, range, read, done: Mutex::default() });
         }
-        run(batch.len(), limits.threads, |at| batch.get(at).map_or(Ok(()), |job| job.run(codec, current, parent)))?;
+        run(batch.len(), limits.threads, |at| {
+            batch.get(at).map_or(Ok(()), |job| job.run(codec, current, parent))
+        })?;
         for job in &batch {
             open.add(job, std::mem::take(&mut *job.done.lock().map_err(poisoned)?), emit)?;
         }
@@ -137,9 +139,9 @@ impl Pair {
         current: &dyn TensorSource,
         parent: Option<&dyn TensorSource>,
         index: usize,
-        range: Option<Range<usize>>,
+        range: Option<&Range<usize>>,
     ) -> Result<Self> {
-        let read = |source: &dyn TensorSource| match &range {
+        let read = |source: &dyn TensorSource| match range {
             Some(range) => source.read_range(index, range.clone()),
             None => source.read(index),
         };
@@ -174,12 +176,19 @@ struct Done {
 }
 
 impl Job<'_> {
-    fn run(&self, codec: &dyn Codec, current: &dyn TensorSource, parent: Option<&dyn TensorSource>) -> Result<()> {
+    fn run(
+        &self,
+        codec: &dyn Codec,
+        current: &dyn TensorSource,
+        parent: Option<&dyn TensorSource>,
+    ) -> Result<()> {
         let pair = match &self.read {
             Some(pair) => pair.slice(&self.range),
-            None => Pair::read(current, parent, self.index, Some(self.range.clone()))?,
+            None => Pair::read(current, parent, self.index, Some(&self.range))?,
         };
-        if pair.current.len() != self.range.len() || pair.parent.iter().any(|old| old.len() != self.range.len()) {
+        if pair.current.len() != self.range.len()
+            || pair.parent.iter().any(|old| old.len() != self.range.len())
+        {
             return Err(Error::invalid(format!(
                 "tensor {}: its source gave other than {} bytes",
                 shown(self.meta.name()),
@@ -227,7 +236,12 @@ struct Open {
 }
 
 impl Open {
-    fn add(&mut self, job: &Job<'_>, done: Done, emit: &mut dyn FnMut(&TensorMeta, Encoded) -> Result<()>) -> Result<()> {
+    fn add(
+        &mut self,
+        job: &Job<'_>,
+        done: Done,
+        emit: &mut dyn FnMut(&TensorMeta, Encoded) -> Result<()>,
+    ) -> Result<()> {
         self.meta.get_or_insert_with(|| job.meta.clone());
         self.frames.extend(done.frames);
         self.checks.extend(done.checks);
@@ -267,7 +281,8 @@ fn spans(unit: Unit, byte_len: usize) -> impl ExactSizeIterator<Item = Range<usi
         Unit::Block(size) if size.get().is_multiple_of(DIGEST_BLOCK) => size.get(),
         Unit::Block(_) | Unit::Whole => byte_len.max(1),
     };
-    (0..byte_len.div_ceil(size).max(1)).map(move |at| at * size..((at + 1).saturating_mul(size)).min(byte_len))
+    (0..byte_len.div_ceil(size).max(1))
+        .map(move |at| at * size..((at + 1).saturating_mul(size)).min(byte_len))
 }
 
 /// How many units a tensor has.
@@ -311,7 +326,12 @@ impl<'a> Decode<'a> {
 /// # Errors
 /// `Corrupt`, naming the tensor and the byte where the unit begins, if a frame is bad or the result is not what the
 /// file says. All targets are then undefined.
-pub fn decode_all(codec: &dyn Codec, mode: Mode, tensors: Vec<Decode<'_>>, threads: NonZeroUsize) -> Result<()> {
+pub fn decode_all(
+    codec: &dyn Codec,
+    mode: Mode,
+    tensors: Vec<Decode<'_>>,
+    threads: NonZeroUsize,
+) -> Result<()> {
     let mut jobs = Vec::new();
     let mut blocks = Vec::new();
     let mut ends = Vec::new();
@@ -324,7 +344,14 @@ pub fn decode_all(codec: &dyn Codec, mode: Mode, tensors: Vec<Decode<'_>>, threa
             let (part, behind) = rest.split_at_mut(span.len());
             rest = behind;
             let count = encoded.unit.ranges(span.len()).len();
-            jobs.push(Mutex::new((meta, encoded, frames.get(first..first + count).unwrap_or_default(), first, span, part)));
+            jobs.push(Mutex::new((
+                meta,
+                encoded,
+                frames.get(first..first + count).unwrap_or_default(),
+                first,
+                span,
+                part,
+            )));
             first += count;
             blocks.push(Mutex::new((Vec::new(), None)));
         }
@@ -336,7 +363,8 @@ pub fn decode_all(codec: &dyn Codec, mode: Mode, tensors: Vec<Decode<'_>>, threa
         let (meta, encoded, frames, first, span, part) = &mut *job;
         for ((number, range), frame) in encoded.unit.ranges(part.len()).enumerate().zip(frames.iter()) {
             let unit = UnitMeta::new(meta, span.start + range.start..span.start + range.end);
-            let context = |error: Error| error.context(format_args!("tensor `{}`, byte {}", unit.name, unit.offset));
+            let context =
+                |error: Error| error.context(format_args!("tensor `{}`, byte {}", unit.name, unit.offset));
             let target = part.get_mut(range).unwrap_or_default();
             codec.decode(&unit, mode, frame, target).map_err(context)?;
             if let Some(&check) = encoded.checks.get(*first + number)

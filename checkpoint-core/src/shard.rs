@@ -398,8 +398,7 @@ impl<'a> Reader<'a> {
                 let suffix = self.size()?;
                 let name = text([prefix, self.take(suffix)?].concat())?;
                 let code = usize::from(self.byte()?);
-                let dtype =
-                    *DType::ALL.get(code).ok_or_else(|| bad(&format!("dtype {code} is unknown")))?;
+                let dtype = *DType::ALL.get(code).ok_or_else(|| bad(&format!("dtype {code} is unknown")))?;
                 let rank = self.number()?;
                 if rank > MAX_RANK {
                     return Err(bad(&format!("{} has {rank} dimensions", shown(&name))));
@@ -435,7 +434,15 @@ impl<'a> Reader<'a> {
             _ => (0..count).map(|_| Ok(u32::from_be_bytes(self.array()?))).collect::<Result<_>>()?,
         };
         let name = meta.name().to_owned();
-        Ok(EncodedTensor { name, meta: Some(meta), unit, frames, digest: Some(digest), checksum: None, checks })
+        Ok(EncodedTensor {
+            name,
+            meta: Some(meta),
+            unit,
+            frames,
+            digest: Some(digest),
+            checksum: None,
+            checks,
+        })
     }
 }
 

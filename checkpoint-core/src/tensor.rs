@@ -87,7 +87,10 @@ pub trait TensorSource: Send + Sync {
     fn read_range(&self, index: usize, range: Range<usize>) -> Result<Bytes> {
         let whole = self.read(index)?;
         if range.start > range.end || range.end > whole.len() {
-            return Err(Error::invalid(format!("bytes {range:?} of a tensor of {} were asked for", whole.len())));
+            return Err(Error::invalid(format!(
+                "bytes {range:?} of a tensor of {} were asked for",
+                whole.len()
+            )));
         }
         Ok(whole.slice(range))
     }

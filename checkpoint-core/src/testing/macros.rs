@@ -10,10 +10,10 @@ macro_rules! codec_conformance {
         $crate::codec_conformance! { @laws $name, $codec,
             stable_id units_tile modes_are_honest round_trip append_only deterministic dirty_target
             truncation_is_an_error noise_never_panics bounded_allocation checksum_fits_the_framing
-            revert_is_right compose_is_right
+            revert_is_right compose_is_right; several_units
         }
     };
-    (@laws $name:ident, $codec:expr, $($law:ident)*) => {
+    (@laws $name:ident, $codec:expr, $($law:ident)*; $($large:ident)*) => {
         #[cfg(test)]
         mod $name {
             #[allow(unused_imports, reason = "the expression may name everything by its full path")]
@@ -24,6 +24,17 @@ macro_rules! codec_conformance {
                     let codec = $codec;
                     if let Err(broken) =
                         $crate::testing::laws::codec::check(&codec, $crate::testing::laws::codec::$law)
+                    {
+                        panic!("{broken}");
+                    }
+                }
+            )*
+            $(
+                #[test]
+                fn $large() {
+                    let codec = $codec;
+                    if let Err(broken) =
+                        $crate::testing::laws::codec::check_large(&codec, $crate::testing::laws::codec::$large)
                     {
                         panic!("{broken}");
                     }

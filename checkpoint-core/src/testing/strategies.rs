@@ -1,5 +1,7 @@
 //! proptest strategies for tensors that look like the weights of a model and of its successor.
 
+use std::ops::Range;
+
 use bytes::Bytes;
 use proptest::prelude::*;
 
@@ -43,40 +45,214 @@ pub fn dtype() -> impl Strategy<Value = DType> {
 
 type Pair = (TensorMeta, Vec<u8>, Vec<u8>);
 
-#[derive(Debug, Clone, Copy)]
-enum Values {
+/// What a parent's elements look like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Parent {
+    /// Zeros.
     Zero,
-    Trained(u64),
-    Special(u64),
-    Noise(u64),
+    /// Trained weights: around 0, with a standard deviation of about 0.02.
+    Trained,
+    /// NaN payloads, both zeros, infinities, subnormals, and the ends of the integers.
+    Special,
+    /// Every bit by chance.
+    Noise,
 }
 
-#[derive(Debug, Clone, Copy)]
-enum Drift {
+impl Parent {
+    /// Every kind.
+    pub const ALL: [Self; 4] = [Self::Zero, Self::Trained, Self::Special, Self::Noise];
+}
+
+/// How a successor differs from its parent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Drift {
+    /// Not at all.
     None,
-    Ulps(u64),
-    Sparse(u64),
-    Special(u64),
-    Noise(u64),
+    /// So many of 1000 elements move by 1 to `most` units in the last place, up or down, and wrap.
+    Ulps {
+        /// Elements of 1000 that move, by chance.
+        per_mille: u16,
+        /// The largest step; 0 counts as 1.
+        most: u64,
+    },
+    /// So many of 1000 elements become noise.
+    Sparse {
+        /// Elements of 1000 that change, by chance.
+        per_mille: u16,
+    },
+    /// So many of 1000 elements take a value of [`Parent::Special`].
+    Special {
+        /// Elements of 1000 that change, by chance.
+        per_mille: u16,
+    },
+    /// All become noise.
+    Noise,
 }
 
-fn values() -> impl Strategy<Value = Values> {
-    prop_oneof![
-        1 => Just(Values::Zero),
-        4 => any::<u64>().prop_map(Values::Trained),
-        1 => any::<u64>().prop_map(Values::Special),
-        1 => any::<u64>().prop_map(Values::Noise),
-    ]
+impl Drift {
+    /// One of every kind: few and many changes, small and large ones.
+    pub const ALL: [Self; 8] = [
+        Self::None,
+        Self::Ulps { per_mille: 5, most: 1 },
+        Self::Ulps { per_mille: 150, most: 1 },
+        Self::Ulps { per_mille: 667, most: 3 },
+        Self::Ulps { per_mille: 1000, most: 1 << 12 },
+        Self::Sparse { per_mille: 50 },
+        Self::Special { per_mille: 333 },
+        Self::Noise,
+    ];
 }
 
-fn drift() -> impl Strategy<Value = Drift> {
-    prop_oneof![
+/// Tensors and their successors, as a test wants them: types, sizes, parents and drifts.
+///
+/// ```
+/// use towline_core::DType;
+/// use towline_core::testing::proptest::{strategy::{Strategy, ValueTree}, test_runner::TestRunner};
+/// use towline_core::testing::strategies::{Drift, Parent, TensorPairs};
+///
+/// let pairs = TensorPairs::new()
+///     .dtypes([DType::BF16, DType::F32])
+///     .elements(1..2000)
+///     .parents([Parent::Trained])
+///     .drifts([Drift::Ulps { per_mille: 20, most: 1 }])
+///     .strategy();
+/// let (meta, parent, current) = pairs.new_tree(&mut TestRunner::deterministic())?.current();
+/// assert!(meta.elements() < 2000 && parent.len() == current.len());
+/// # Ok::<(), towline_core::testing::proptest::test_runner::Reason>(())
+/// ```
+/// A failing case shrinks to the fewest elements that still fail, to one dimension, and to the first kinds that are
+/// given; the elements that stay keep their values.
+#[derive(Debug, Clone)]
+pub struct TensorPairs {
+    dtypes: Vec<DType>,
+    size: Size,
+    parents: Vec<Parent>,
+    drifts: Vec<Drift>,
+}
+
+#[derive(Debug, Clone)]
+enum Size {
+    Elements(Range<usize>),
+    Bytes(Range<usize>),
+}
+
+impl Default for TensorPairs {
+    fn default() -> Self {
+        Self {
+            dtypes: DType::ALL.to_vec(),
+            size: Size::Elements(0..3000),
+            parents: Parent::ALL.to_vec(),
+            drifts: Drift::ALL.to_vec(),
+        }
+    }
+}
+
+impl TensorPairs {
+    /// Every type, parent and drift, with fewer than 3000 elements.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets the element types, each as likely as the others. None means all.
+    #[must_use]
+    pub fn dtypes(mut self, dtypes: impl IntoIterator<Item = DType>) -> Self {
+        self.dtypes = or_all(dtypes, DType::ALL);
+        self
+    }
+
+    /// Sets the number of elements. Packed types are filled up to whole bytes.
+    #[must_use]
+    pub fn elements(mut self, elements: Range<usize>) -> Self {
+        self.size = Size::Elements(elements);
+        self
+    }
+
+    /// Sets the number of bytes instead, to about an element: for codecs whose units are blocks.
+    #[must_use]
+    pub fn bytes(mut self, bytes: Range<usize>) -> Self {
+        self.size = Size::Bytes(bytes);
+        self
+    }
+
+    /// Sets the kinds of parents. None means all.
+    #[must_use]
+    pub fn parents(mut self, parents: impl IntoIterator<Item = Parent>) -> Self {
+        self.parents = or_all(parents, &Parent::ALL);
+        self
+    }
+
+    /// Sets the kinds of drift. None means all.
+    #[must_use]
+    pub fn drifts(mut self, drifts: impl IntoIterator<Item = Drift>) -> Self {
+        self.drifts = or_all(drifts, &Drift::ALL);
+        self
+    }
+
+    /// The strategy: a tensor, its bytes in the parent, and its bytes now.
+    pub fn strategy(self) -> impl Strategy<Value = (TensorMeta, Vec<u8>, Vec<u8>)> {
+        let by_bytes = matches!(self.size, Size::Bytes(_));
+        let (Size::Elements(range) | Size::Bytes(range)) = self.size;
+        let length = range.start..range.end.max(range.start.saturating_add(1));
+        // A seed that shrank would change what fails.
+        let seeds = [any::<u64>().no_shrink(), any::<u64>().no_shrink()];
+        let kinds = (
+            prop::sample::select(self.dtypes),
+            prop::sample::select(self.parents),
+            prop::sample::select(self.drifts),
+        );
+        (kinds, length, 1..5usize, seeds).prop_map(
+            move |((dtype, parent, drift), length, rows, [first, second])| {
+                let bits = dtype.bits() as usize;
+                let elements = if by_bytes { (length * 8).div_ceil(bits) } else { length };
+                let elements = elements.next_multiple_of(packed(dtype));
+                let shape = match elements / rows {
+                    columns if rows > 1 && columns * rows == elements && columns % packed(dtype) == 0 => {
+                        vec![rows, columns]
+                    }
+                    _ => vec![elements],
+                };
+                build("tensor", dtype, shape, (parent, first), (drift, second))
+            },
+        )
+    }
+}
+
+fn or_all<T: Copy>(some: impl IntoIterator<Item = T>, all: &[T]) -> Vec<T> {
+    let some: Vec<T> = some.into_iter().collect();
+    if some.is_empty() { all.to_vec() } else { some }
+}
+
+/// The elements that fill whole bytes.
+fn packed(dtype: DType) -> usize {
+    match dtype.bits() {
+        4 => 2,
+        6 => 4,
+        _ => 1,
+    }
+}
+
+fn values() -> impl Strategy<Value = (Parent, u64)> {
+    let kind = prop_oneof![
+        1 => Just(Parent::Zero),
+        4 => Just(Parent::Trained),
+        1 => Just(Parent::Special),
+        1 => Just(Parent::Noise),
+    ];
+    (kind, any::<u64>())
+}
+
+fn drift() -> impl Strategy<Value = (Drift, u64)> {
+    let kind = prop_oneof![
         1 => Just(Drift::None),
-        3 => any::<u64>().prop_map(Drift::Ulps),
-        3 => any::<u64>().prop_map(Drift::Sparse),
-        1 => any::<u64>().prop_map(Drift::Special),
-        2 => any::<u64>().prop_map(Drift::Noise),
-    ]
+        3 => Just(Drift::Ulps { per_mille: 500, most: 3 }),
+        3 => Just(Drift::Sparse { per_mille: 50 }),
+        1 => Just(Drift::Special { per_mille: 333 }),
+        2 => Just(Drift::Noise),
+    ];
+    (kind, any::<u64>())
 }
 
 /// A type and a shape whose length is a whole number of bytes.
@@ -90,11 +266,7 @@ fn tensor_type() -> impl Strategy<Value = (DType, Vec<usize>)> {
         1 => (0..3usize, 1..9usize, 1..9usize).prop_map(|(a, b, c)| vec![a, b, c]),
     ];
     (dtype(), shape).prop_map(|(dtype, mut shape)| {
-        let packed = match dtype.bits() {
-            4 => 2,
-            6 => 4,
-            _ => 1,
-        };
+        let packed = packed(dtype);
         if packed > 1 {
             match shape.last_mut() {
                 Some(last) => *last = last.next_multiple_of(packed),
@@ -106,24 +278,24 @@ fn tensor_type() -> impl Strategy<Value = (DType, Vec<usize>)> {
 }
 
 #[expect(clippy::expect_used, reason = "the name and shape are well formed by construction")]
-fn build(name: &str, dtype: DType, shape: Vec<usize>, values: Values, drift: Drift) -> Pair {
+fn build(name: &str, dtype: DType, shape: Vec<usize>, values: (Parent, u64), drift: (Drift, u64)) -> Pair {
     let meta = TensorMeta::new(name, dtype, shape).expect("a well-formed tensor");
     let parent = parent(dtype, meta.byte_len(), values);
-    let current = successor(dtype, &parent, drift);
+    let current = successor(dtype, &parent, drift.0, drift.1);
     (meta, parent, current)
 }
 
-fn parent(dtype: DType, length: usize, values: Values) -> Vec<u8> {
-    let mut bytes = match values {
-        Values::Zero => vec![0; length],
-        Values::Noise(seed) => Mix::new(seed).bytes(length),
-        Values::Special(seed) => {
+fn parent(dtype: DType, length: usize, (kind, seed): (Parent, u64)) -> Vec<u8> {
+    let mut mix = Mix::new(seed);
+    let mut bytes = match kind {
+        Parent::Zero => vec![0; length],
+        Parent::Noise => mix.bytes(length),
+        Parent::Special => {
             let mut bytes = vec![0; length];
-            sprinkle(dtype, &mut bytes, &mut Mix::new(seed), 1);
+            sprinkle(dtype, &mut bytes, &mut mix, 1000);
             bytes
         }
-        Values::Trained(seed) => {
-            let mut mix = Mix::new(seed);
+        Parent::Trained => {
             let mut bytes = Vec::with_capacity(length + 8);
             while bytes.len() < length {
                 element(dtype, mix.weight(), &mut bytes);
@@ -136,26 +308,27 @@ fn parent(dtype: DType, length: usize, values: Values) -> Vec<u8> {
     bytes
 }
 
-fn successor(dtype: DType, parent: &[u8], drift: Drift) -> Vec<u8> {
+/// The successor of weights of one's own: equal seeds give equal successors.
+#[must_use]
+pub fn successor(dtype: DType, parent: &[u8], drift: Drift, seed: u64) -> Vec<u8> {
     let mut bytes = parent.to_vec();
+    let mut mix = Mix::new(seed);
     let width = width(dtype);
     match drift {
-        Drift::None => {}
-        Drift::Noise(seed) => bytes = Mix::new(seed).bytes(parent.len()),
-        Drift::Special(seed) => sprinkle(dtype, &mut bytes, &mut Mix::new(seed), 3),
-        Drift::Ulps(seed) => {
-            let mut mix = Mix::new(seed);
+        Drift::None => return bytes,
+        Drift::Noise => bytes = mix.bytes(parent.len()),
+        Drift::Special { per_mille } => sprinkle(dtype, &mut bytes, &mut mix, per_mille),
+        Drift::Ulps { per_mille, most } => {
             for element in bytes.chunks_exact_mut(width) {
-                if mix.below(3) > 0 {
-                    let step = u64::from(mix.byte() % 4);
+                if mix.below(1000) < usize::from(per_mille) {
+                    let step = 1 + mix.next() % most.max(1);
                     add(element, if mix.below(2) == 0 { step } else { step.wrapping_neg() });
                 }
             }
         }
-        Drift::Sparse(seed) => {
-            let mut mix = Mix::new(seed);
+        Drift::Sparse { per_mille } => {
             for element in bytes.chunks_exact_mut(width) {
-                if mix.below(20) == 0 {
+                if mix.below(1000) < usize::from(per_mille) {
                     element.iter_mut().for_each(|byte| *byte = mix.byte());
                 }
             }
@@ -188,9 +361,9 @@ fn element(dtype: DType, value: f32, out: &mut Vec<u8>) {
     }
 }
 
-/// Writes special values over about one element in `every`.
+/// Writes special values over about so many of 1000 elements.
 #[expect(clippy::wildcard_enum_match_arm, reason = "the other types have no special look")]
-fn sprinkle(dtype: DType, bytes: &mut [u8], mix: &mut Mix, every: usize) {
+fn sprinkle(dtype: DType, bytes: &mut [u8], mix: &mut Mix, per_mille: u16) {
     let special: &[u64] = match dtype {
         DType::F16 => &[0x7e01, 0xfe55, 0x8000, 0, 0x7c00, 0xfc00, 1, 0x8001, 0x03ff, 0x7bff],
         DType::BF16 => &[0x7fc1, 0xffd5, 0x8000, 0, 0x7f80, 0xff80, 1, 0x8001, 0x007f, 0x7f7f],
@@ -209,7 +382,7 @@ fn sprinkle(dtype: DType, bytes: &mut [u8], mix: &mut Mix, every: usize) {
         _ => &[0, 0x80, 0xff, 0x7f, 1, 0x81, u64::MAX, i64::MAX.unsigned_abs(), 1 << 63],
     };
     for element in bytes.chunks_exact_mut(width(dtype)) {
-        if mix.below(every) == 0 {
+        if mix.below(1000) < usize::from(per_mille) {
             let value = special.get(mix.below(special.len())).copied().unwrap_or(0);
             element.iter_mut().zip(value.to_le_bytes()).for_each(|(byte, new)| *byte = new);
         }
@@ -243,7 +416,7 @@ fn width(dtype: DType) -> usize {
 mod tests {
     use super::*;
     use proptest::strategy::ValueTree;
-    use proptest::test_runner::TestRunner;
+    use proptest::test_runner::{TestCaseError, TestError, TestRunner};
     use std::collections::BTreeSet;
 
     #[test]
@@ -269,8 +442,48 @@ mod tests {
     }
 
     #[test]
+    fn the_knobs_are_kept() {
+        let mut runner = TestRunner::deterministic();
+        let pairs = TensorPairs::new().dtypes([DType::BF16, DType::F4]).elements(100..200);
+        let pairs =
+            pairs.parents([Parent::Trained]).drifts([Drift::Ulps { per_mille: 1000, most: 1 }]).strategy();
+        let bytes = TensorPairs::new().dtypes([]).bytes(5000..5010).strategy();
+        let mut dtypes = BTreeSet::new();
+        for _ in 0..300 {
+            let (meta, parent, current) = pairs.new_tree(&mut runner).unwrap().current();
+            assert!((100..201).contains(&meta.elements()), "{meta:?}");
+            assert!([DType::BF16, DType::F4].contains(&meta.dtype()), "{meta:?}");
+            let same = parent.chunks(width(meta.dtype())).zip(current.chunks(width(meta.dtype())));
+            assert_eq!(same.filter(|(old, new)| old == new).count(), 0, "{meta:?}");
+            let (meta, _, current) = bytes.new_tree(&mut runner).unwrap().current();
+            assert!((5000..5020).contains(&current.len()), "{meta:?}");
+            dtypes.insert(meta.dtype());
+        }
+        assert_eq!(dtypes.len(), DType::ALL.len());
+    }
+
+    #[test]
+    fn a_failing_tensor_shrinks_to_the_fewest_elements_that_fail() {
+        // What a broken codec may be: wrong from the 77th element on, if there is one that changed.
+        let broken = |meta: &TensorMeta, parent: &[u8], current: &[u8]| {
+            let changed = parent.chunks(2).zip(current.chunks(2)).skip(76).any(|(old, new)| old != new);
+            meta.dtype() == DType::BF16 && changed
+        };
+        let pairs = TensorPairs::new()
+            .elements(0..100_000)
+            .drifts([Drift::None, Drift::Ulps { per_mille: 900, most: 9 }]);
+        let failed = TestRunner::deterministic().run(&pairs.strategy(), |(meta, parent, current)| {
+            if broken(&meta, &parent, &current) { Err(TestCaseError::fail("broken")) } else { Ok(()) }
+        });
+        let Err(TestError::Fail(_, (meta, parent, current))) = failed else { panic!("{failed:?}") };
+        assert!(broken(&meta, &parent, &current));
+        assert!((77..80).contains(&meta.elements()) && meta.shape().len() == 1, "{meta:?}");
+        assert!(parent.iter().all(|&byte| byte == 0), "a parent of zeros fails too");
+    }
+
+    #[test]
     fn trained_halves_are_small_numbers() {
-        let bytes = parent(DType::F16, 2000, Values::Trained(1));
+        let bytes = parent(DType::F16, 2000, (Parent::Trained, 1));
         let small = bytes.chunks_exact(2).filter(|pair| (pair[1] & 0x7f) < 0x30).count();
         assert!(small > 900, "{small} of 1000 are below 0.125");
     }

@@ -25,6 +25,7 @@ enum Fault {
     BlindChecksum,
     LazyRevert,
     HalfCompose,
+    RemembersUnits,
 }
 
 /// Frame: four bytes of length, four spare bytes, then the bytes or the XOR with the parent.
@@ -52,7 +53,7 @@ impl Codec for Broken {
     fn unit(&self) -> Unit {
         match self.0 {
             Fault::SplitElements => Unit::Block(NonZeroUsize::new(100).unwrap()),
-            Fault::WholeTensorsOnly => Unit::Block(NonZeroUsize::new(24).unwrap()),
+            Fault::WholeTensorsOnly | Fault::RemembersUnits => Unit::Block(NonZeroUsize::new(24).unwrap()),
             _ => Unit::Whole,
         }
     }
@@ -88,6 +89,11 @@ impl Codec for Broken {
         match parent {
             Some(parent) => out.extend(current.iter().zip(parent).map(|(new, old)| new ^ old)),
             None => out.extend(current),
+        }
+        if self.is(Fault::RemembersUnits) {
+            // Each unit is told by the last byte of the one before.
+            let last = out.last_mut().unwrap();
+            *last ^= self.1.swap(*current.last().unwrap_or(&0), Ordering::SeqCst);
         }
         if self.is(Fault::LosesABit) && current.len() > 10 {
             *out.last_mut().unwrap() &= 0xfe;
@@ -156,6 +162,7 @@ fn faults(law: &str) -> &'static [Fault] {
         "checksum_fits_the_framing" => &[Fault::UselessChecksum, Fault::NoChecksum, Fault::BlindChecksum],
         "revert_is_right" => &[Fault::LazyRevert],
         "compose_is_right" => &[Fault::HalfCompose],
+        "several_units" => &[Fault::RemembersUnits],
         other => panic!("no broken codec for the law `{other}`"),
     }
 }

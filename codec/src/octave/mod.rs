@@ -5,6 +5,11 @@
 //! has, tells how likely a weight changes, and by how many units in the last place. `codec/FORMAT.md` gives the
 //! format.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "blocks have at most 2^21 elements; what is narrowed was bounded or is meant to lose its high bits"
+)]
+
 mod bits;
 mod classes;
 mod dense;
@@ -69,12 +74,8 @@ impl Octave {
 #[derive(Debug, Default)]
 struct Scratch {
     masks: Vec<u64>,
-    // On the heap from the start: the compiler takes minutes over arrays of this size on the stack.
-    tile: Box<tiles::TileMasks>,
-    lists: sparse::Lists,
-    changes: sparse::Changes,
-    magnitudes: sparse::Buffers,
-    buffers: dense::Buffers,
+    sparse: sparse::Scratch,
+    dense: dense::Buffers,
 }
 
 thread_local! {
@@ -138,7 +139,7 @@ impl Codec for Octave {
 
     fn decode(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8]) -> Result<()> {
         check_length(unit, target.len())?;
-        let (form, body) = form(encoded)?;
+        let (form, body) = form(encoded).map_err(|error| error.with_help("copy the file again"))?;
         let decoded = match (form, mode) {
             (Form::Same | Form::Stored, _) => decode_plain(form, mode, body, target),
             (Form::Sparse, Mode::Base) => Err(Error::corrupt("a base has no parent to change")),
@@ -147,6 +148,18 @@ impl Codec for Octave {
             }),
         };
         decoded.map_err(|error| error.context("frame").with_help("copy the file again"))
+    }
+
+    fn revert(&self, _: &UnitMeta<'_>, _: &[u8], _: &mut [u8]) -> Result<()> {
+        Err(Error::unsupported("codec octave cannot take a delta back").with_help(
+            "restore the parent: where a change lies is told by the old values, which a delta does not hold",
+        ))
+    }
+
+    fn compose(&self, _: &UnitMeta<'_>, _: &[u8], _: &[u8], _: &mut Vec<u8>) -> Result<()> {
+        Err(Error::unsupported("codec octave cannot join two deltas").with_help(
+            "apply them one after the other: where a change lies is told by the old values, which a delta does not hold",
+        ))
     }
 
     fn changed(&self, unit: &UnitMeta<'_>, encoded: &[u8]) -> Option<u64> {
@@ -195,7 +208,7 @@ fn encode<E: Elem>(
             out.push(Form::Same as u8);
         } else {
             out.push(Form::Dense as u8);
-            dense::encode_base::<E>(level, new, &mut scratch.buffers, out);
+            dense::encode_base::<E>(level, new, &mut scratch.dense, out);
         }
         return;
     };
@@ -206,19 +219,10 @@ fn encode<E: Elem>(
         out.push(Form::Same as u8);
     } else if few || changed * DENSE <= new.len() {
         out.push(Form::Sparse as u8);
-        sparse::encode::<E>(
-            level,
-            old,
-            new,
-            &scratch.masks,
-            &mut scratch.lists,
-            &mut scratch.tile,
-            &mut scratch.magnitudes,
-            out,
-        );
+        sparse::encode::<E>(level, old, new, &scratch.masks, &mut scratch.sparse, out);
     } else {
         out.push(Form::Dense as u8);
-        dense::encode_delta::<E>(level, old, new, changed, &mut scratch.buffers, out);
+        dense::encode_delta::<E>(level, old, new, changed, &mut scratch.dense, out);
     }
 }
 
@@ -233,16 +237,9 @@ fn decode<E: Elem>(
 ) -> Result<()> {
     let target = E::split_mut(target);
     match (form, mode) {
-        (Form::Sparse, _) => sparse::decode::<E>(
-            level,
-            body,
-            target,
-            &mut scratch.changes,
-            &mut scratch.tile,
-            &mut scratch.magnitudes,
-        ),
-        (_, Mode::Delta) => dense::decode_delta::<E>(level, body, target, &mut scratch.buffers),
-        (_, Mode::Base) => dense::decode_base::<E>(level, body, target, &mut scratch.buffers),
+        (Form::Sparse, _) => sparse::decode::<E>(level, body, target, &mut scratch.sparse),
+        (_, Mode::Delta) => dense::decode_delta::<E>(level, body, target, &mut scratch.dense),
+        (_, Mode::Base) => dense::decode_base::<E>(level, body, target, &mut scratch.dense),
     }
 }
 

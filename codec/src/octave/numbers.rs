@@ -33,7 +33,7 @@ pub(super) fn best(
     numbers: impl Iterator<Item = u64> + Clone,
     above: impl Iterator<Item = (u32, u64)> + Clone,
 ) -> (Numbers, u64) {
-    let (order, each) = rice_for(count, numbers.clone());
+    let (order, each) = rice_for(count, &numbers);
     let mut best = (Numbers::Each { order }, each);
     let some = above.clone().count();
     if some * 2 < count {
@@ -43,8 +43,8 @@ pub(super) fn best(
             next = index + 1;
             u64::from(zeros)
         });
-        let (zeros, places) = rice_for(some, zeros);
-        let (value, values) = rice_for(some, above.map(|(_, number)| number - 1));
+        let (zeros, places) = rice_for(some, &zeros);
+        let (value, values) = rice_for(some, &above.map(|(_, number)| number - 1));
         if some == 0 {
             best = (Numbers::Zero, 0);
         } else if places + values + LISTED_BITS < best.1 {
@@ -139,7 +139,7 @@ pub(super) fn write_numbers(form: Numbers, numbers: impl Iterator<Item = u64>, b
 }
 
 /// The best Rice parameter for `count` numbers, and about the bits that they then take.
-pub(super) fn rice_for(count: usize, numbers: impl Iterator<Item = u64> + Clone) -> (u32, u64) {
+fn rice_for(count: usize, numbers: &(impl Iterator<Item = u64> + Clone)) -> (u32, u64) {
     let count = count as u64;
     // A few wild numbers go into tails and must not decide.
     let sum: u64 = numbers.clone().map(|number| number.min(1 << 32)).sum();

@@ -145,7 +145,7 @@ impl EncodeTable {
             emit(*state as u16);
             *state >>= 16;
         }
-        let quotient = (u64::from(*state) * u64::from(reciprocal) >> (31 + shift)) as u32;
+        let quotient = ((u64::from(*state) * u64::from(reciprocal)) >> (31 + shift)) as u32;
         *state += before + quotient * (TOTAL - chance);
     }
 }
@@ -153,18 +153,25 @@ impl EncodeTable {
 /// What the decoder needs to know of a slot, at `class * TOTAL + slot`: the token in 8 bits, its chance less 1 in
 /// 12, the slot less the sum of the chances before it in 12.
 #[derive(Debug, Default)]
-pub(super) struct DecodeTable(Vec<u32>);
+pub(super) struct DecodeTable {
+    slots: Vec<u32>,
+    /// The classes without tokens.
+    empty: Vec<u8>,
+}
 
 impl DecodeTable {
     pub(super) fn fill(&mut self, tables: &[Chances]) {
-        self.0.clear();
-        for chances in tables {
-            let start = self.0.len();
-            for (token, &chance) in (0..).zip(&chances.0) {
-                self.0.extend((0..chance).map(|slot| token | (chance - 1) << 8 | slot << 20));
+        self.slots.clear();
+        self.empty.clear();
+        for (class, chances) in (0..).zip(tables) {
+            let start = self.slots.len();
+            if chances.0.is_empty() {
+                self.empty.push(class);
             }
-            // Of an empty class no token is read; a stream that does nevertheless ends in wrong states.
-            self.0.resize(start + TOTAL as usize, 0);
+            for (token, &chance) in (0..).zip(&chances.0) {
+                self.slots.extend((0..chance).map(|slot| token | (chance - 1) << 8 | slot << 20));
+            }
+            self.slots.resize(start + TOTAL as usize, 0);
         }
     }
 }
@@ -274,6 +281,9 @@ pub(super) fn decode(
     tokens: &mut [u8],
     bytes: &[u8],
 ) -> Result<()> {
+    if let Some(class) = table.empty.iter().find(|class| classes.contains(class)) {
+        return Err(Error::corrupt(format!("class {class} has elements but no tokens")));
+    }
     let lanes = lanes(tokens.len());
     let wrong = || Error::corrupt("the entropy-coded stream does not end where it should");
     let (head, words) = bytes.split_at_checked(4 * lanes).ok_or_else(wrong)?;
@@ -285,7 +295,7 @@ pub(super) fn decode(
         }
     }
     let (words, odd) = words.as_chunks::<2>();
-    let read = level.run(Decode { table: &table.0, classes, tokens, words, states: &mut states });
+    let read = level.run(Decode { table: &table.slots, classes, tokens, words, states: &mut states });
     // The encoder began in the lowest state: whatever was changed on the way shows here.
     if read == words.len() && odd.is_empty() && states.iter().all(|&state| state == LOWEST) {
         Ok(())
@@ -352,7 +362,7 @@ mod tests {
             let (packed, reciprocal) = (table.packed[0], u64::from(table.reciprocal[0]));
             for state in [chance, LOWEST, 123_456_789, (1 << 31) - 1, ((1u32 << 31) - 1) / chance * chance] {
                 for state in [state.saturating_sub(1), state, (state + 1).min((1 << 31) - 1)] {
-                    let quotient = u64::from(state) * reciprocal >> (31 + (packed >> 25));
+                    let quotient = (u64::from(state) * reciprocal) >> (31 + (packed >> 25));
                     assert_eq!(quotient, u64::from(state / chance), "{state} / {chance}");
                 }
             }

@@ -425,7 +425,8 @@ mod x86 {
             let (mut done, mut read) = (0, 0);
             // SAFETY: token; bounds: `states` has two halves of 16; a round starts only if 32 tokens, 32 classes and
             // 32 words are left, and reads at most 16 words behind at most 16 that the first half took; an index
-            // into the table is below slots * 4096 because the class is clamped and the slot has 12 bits.
+            // into the table is below slots * 4096 because the class is clamped and the slot has 12 bits. A round
+            // takes at most 32 words, so that `read` never passes their end.
             unsafe {
                 let mut state = [
                     _mm512_loadu_si512(states.as_ptr().cast()),
@@ -482,7 +483,7 @@ mod x86 {
             );
             // SAFETY: token; bounds: `states` has two halves of 16; rounds are whole; an index into the tables is
             // below slots * 256 because the class is clamped and a token has 8 bits; each token writes at most one
-            // word, and there are `start` words for rounds * LANES tokens.
+            // word, and the assertion above says that there are enough words below `start`.
             unsafe {
                 let mut state = [
                     _mm512_loadu_si512(states.as_ptr().cast()),

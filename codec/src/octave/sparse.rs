@@ -26,16 +26,26 @@ const FIRST_RICE: u32 = 2;
 
 /// The changes of one class, in order.
 #[derive(Debug, Default)]
-pub(super) struct List {
+struct List {
     /// The gap before the change, above its sign bit.
     gaps: Vec<u32>,
     /// The changes by more than 1: which one, and how much more.
     large: Vec<(u32, u64)>,
 }
 
-/// The lists of a block, kept from block to block.
+/// The lists of a block.
 #[derive(Debug, Default)]
-pub(super) struct Lists([List; MAX]);
+struct Lists([List; MAX]);
+
+/// Kept from block to block.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    lists: Lists,
+    changes: Changes,
+    buffers: Buffers,
+    // On the heap from the start: the compiler takes minutes over arrays of this size on the stack.
+    tile: Box<TileMasks>,
+}
 
 /// Appends the body of a block of which the elements set in `masks` change.
 #[inline(never)]
@@ -44,11 +54,10 @@ pub(super) fn encode<E: Elem>(
     old: &[E::Raw],
     new: &[E::Raw],
     masks: &[u64],
-    lists: &mut Lists,
-    tile: &mut TileMasks,
-    buffers: &mut Buffers,
+    scratch: &mut Scratch,
     out: &mut Vec<u8>,
 ) {
+    let Scratch { lists, tile, buffers, .. } = scratch;
     let mut census = Census::of::<E>(old);
     for position in positions(masks) {
         let (from, to) = (E::load(old[position]), E::load(new[position]));
@@ -130,9 +139,9 @@ impl<E: Elem> Kernel for Rank<'_, E> {
     }
 }
 
-/// Kept from block to block.
+/// What the coder of magnitudes works on.
 #[derive(Debug, Default)]
-pub(super) struct Buffers {
+struct Buffers {
     tokens: Vec<u8>,
     classes: Vec<u8>,
     encode: EncodeTable,
@@ -174,9 +183,9 @@ fn write(level: Instructions, classes: &Classes, lists: &Lists, buffers: &mut Bu
                 bits.exp_golomb(zigzag(i64::from(order) - i64::from(last) - 1), 0);
                 last = order;
             }
-            other => {
+            Numbers::Zero | Numbers::Listed { .. } | Numbers::Fixed { .. } | Numbers::Coded { .. } => {
                 bits.put(1, 1);
-                other.write(&mut bits, false);
+                gaps.write(&mut bits, false);
             }
         }
         magnitudes.write(&mut bits, coded);
@@ -331,7 +340,7 @@ pub(super) fn changed(body: &[u8], elements: usize) -> Result<usize> {
 
 /// The changes of a block, class by class: the rank within the class, and what is added.
 #[derive(Debug, Default)]
-pub(super) struct Changes {
+struct Changes {
     ranks: Vec<u32>,
     steps: Vec<u64>,
 }
@@ -342,10 +351,9 @@ pub(super) fn decode<E: Elem>(
     level: Instructions,
     body: &[u8],
     target: &mut [E::Raw],
-    changes: &mut Changes,
-    tile: &mut TileMasks,
-    buffers: &mut Buffers,
+    scratch: &mut Scratch,
 ) -> Result<()> {
+    let Scratch { changes, tile, buffers, .. } = scratch;
     let mut bits = BitReader::new(body);
     let header = Header::read(&mut bits, target.len())?;
     let changed = header.changed();

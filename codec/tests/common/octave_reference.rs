@@ -23,7 +23,10 @@ pub(crate) fn decode(width: u32, mode: Mode, frame: &[u8], target: &mut [u8]) ->
         (0, Mode::Delta) => {}
         (0, Mode::Base) => elements.fill(0),
         (1, _) if body.len() != target.len() => return Err("length".into()),
-        (1, Mode::Base) => return Ok(target.copy_from_slice(body)).map(|()| used),
+        (1, Mode::Base) => {
+            target.copy_from_slice(body);
+            return Ok(used);
+        }
         (1, Mode::Delta) => {
             target.iter_mut().zip(body).for_each(|(byte, mask)| *byte ^= mask);
             return Ok(used);

@@ -4,6 +4,7 @@
 //! [`modes_are_honest`] wants one element type at least to be taken in each mode.
 
 mod frames;
+mod units;
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -12,6 +13,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
 
 use self::frames::{Frame, cut, each_frame, guarded, noises, takes_something, units};
+pub use self::units::{check_large, several_units};
 use super::{ensure, skipped};
 use crate::testing::alloc::CountingAllocator;
 use crate::testing::mix::Mix;
@@ -71,6 +73,7 @@ pub const ALL: &[(&str, Law)] = &[
     ("checksum_fits_the_framing", checksum_fits_the_framing),
     ("revert_is_right", revert_is_right),
     ("compose_is_right", compose_is_right),
+    ("several_units", several_units),
 ];
 
 /// Checks `law` against weight-shaped cases, 48 of them or what `PROPTEST_CASES` says, always the same ones unless
@@ -79,14 +82,30 @@ pub const ALL: &[(&str, Law)] = &[
 /// # Errors
 /// What broke.
 pub fn check(codec: &dyn Codec, law: Law) -> Result<(), String> {
+    check_with(codec, law, tensor_pair(), 48)
+}
+
+/// Checks `law` against tensors of a strategy of one's own, such as [`TensorPairs`], as [`check`] does; `cases` of
+/// them unless `PROPTEST_CASES` says otherwise.
+///
+/// [`TensorPairs`]: crate::testing::strategies::TensorPairs
+///
+/// # Errors
+/// What broke.
+pub fn check_with(
+    codec: &dyn Codec,
+    law: Law,
+    tensors: impl Strategy<Value = (TensorMeta, Vec<u8>, Vec<u8>)>,
+    cases: u32,
+) -> Result<(), String> {
     let mut config = Config { failure_persistence: None, ..Config::default() };
     if config.cases == 256 {
-        config.cases = 48;
+        config.cases = cases;
     }
     if config.rng_seed == RngSeed::Random {
         config.rng_seed = RngSeed::Fixed(0x7043_1e5e);
     }
-    let cases = (tensor_pair(), any::<u64>()).prop_map(|((meta, parent, current), seed)| CodecCase {
+    let cases = (tensors, any::<u64>()).prop_map(|((meta, parent, current), seed)| CodecCase {
         meta,
         parent,
         current,
