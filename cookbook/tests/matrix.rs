@@ -109,9 +109,9 @@ async fn one(codec: &str, store: Arc<dyn SnapshotStore>, over_http: bool) -> (u6
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn six_codecs_two_stores_two_deployments() {
+async fn all_codecs_two_stores_two_deployments() {
     let codecs = towline_codec::all();
-    assert_eq!(codecs.len(), 6);
+    assert_eq!(codecs.len(), 7);
     let directory = tempfile::tempdir().unwrap();
     for codec in codecs {
         let id = codec.id();
