@@ -177,7 +177,8 @@ pub enum Unit {
     /// Not at all: the format knows only whole tensors.
     Whole,
     /// Into blocks of this many bytes, a multiple of 8 so that no element of 1 to 8 bytes is cut; the last may be
-    /// shorter.
+    /// shorter. Sizes that divide 1 MiB, or are a multiple of it, are digested as they are encoded; tensors of others
+    /// are one piece of work each.
     Block(NonZeroUsize),
 }
 

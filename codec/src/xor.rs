@@ -13,6 +13,7 @@ pub(crate) fn xor_into(target: &mut [u8], mask: &[u8]) {
     }
 }
 
+#[cfg(any(feature = "lz4", feature = "zstd"))]
 /// Replaces the content of `out` by `left ^ right`, which are of one length.
 pub(crate) fn xor_to(out: &mut Vec<u8>, left: &[u8], right: &[u8]) {
     out.clear();
@@ -20,7 +21,7 @@ pub(crate) fn xor_to(out: &mut Vec<u8>, left: &[u8], right: &[u8]) {
     xor_into(out, right);
 }
 
-#[cfg(test)]
+#[cfg(all(test, any(feature = "lz4", feature = "zstd")))]
 mod tests {
     use super::*;
 

@@ -26,7 +26,7 @@ use std::num::NonZeroUsize;
 
 use towline_core::{Codec, CodecId, Error, Mode, Modes, Result, Unit, UnitMeta};
 
-use crate::xor::{xor_into, xor_to};
+use crate::xor::xor_into;
 use elem::{Elem, width};
 pub use simd::Instructions;
 
@@ -125,13 +125,9 @@ impl Codec for Octave {
         if out.len() - start > current.len() {
             out.truncate(start);
             out.push(Form::Stored as u8);
-            match parent {
-                None => out.extend_from_slice(current),
-                Some(parent) => {
-                    let mut mask = Vec::new();
-                    xor_to(&mut mask, current, parent);
-                    out.extend_from_slice(&mask);
-                }
+            out.extend_from_slice(current);
+            if let Some(parent) = parent {
+                xor_into(&mut out[start + 1..], parent);
             }
         }
         Ok(())

@@ -17,7 +17,7 @@ const CLASS_BITS: f64 = 28.0;
 const COUNT_ORDER: u32 = 6;
 /// The order of the Exp-Golomb code for the words of the magnitudes.
 const WORDS_ORDER: u32 = 6;
-/// A token of coded magnitudes counts 2 to 4 of their mean and covers no more than that many.
+/// A class's shift leaves this many bits or more of the mean of its coded magnitudes: it is 8 to 15 tokens.
 const MEAN_BITS: u32 = 4;
 /// The least bits that tables must save: those of the coder's states and the number of its words.
 const CODER_BITS: f64 = 56.0;
