@@ -72,6 +72,47 @@ impl<'a> BitWriter<'a> {
         }
     }
 
+    /// Appends the whole bytes that are pending; returns what is left and how many bits that is, at most 7.
+    #[inline]
+    fn take_bytes(&mut self) -> (u64, u32) {
+        let bytes = (self.fill >> 3) as usize;
+        self.out.extend_from_slice(self.pending.to_le_bytes().get(..bytes).unwrap_or_default());
+        (self.pending >> (self.fill & 56), self.fill & 7)
+    }
+
+    /// A Rice code for each number. Faster than one by one.
+    #[inline(always)]
+    pub(super) fn rice_each(&mut self, numbers: impl Iterator<Item = u64>, order: u32) {
+        // Whole bytes go into `room`, and from there to `out` as soon as eight more might not fit.
+        let mut room = [0; 1024];
+        let mut used = 0;
+        let (mut pending, mut fill) = self.take_bytes();
+        for number in numbers {
+            let head = number >> order;
+            if used > room.len() - 16 || head >= u64::from(MAX_UNARY) {
+                self.out.extend_from_slice(&room[..used]);
+                used = 0;
+            }
+            if head >= u64::from(MAX_UNARY) {
+                (self.pending, self.fill) = (pending, fill);
+                self.rice(number, order);
+                (pending, fill) = self.take_bytes();
+                continue;
+            }
+            // At most 7 bits, and 24 + 31 more.
+            pending |= (1 | (number & low(order)) << 1) << head << fill;
+            fill += head as u32 + 1 + order;
+            if let Some(place) = room[used..].first_chunk_mut() {
+                *place = pending.to_le_bytes();
+            }
+            used += (fill >> 3) as usize;
+            pending >>= fill & 56;
+            fill &= 7;
+        }
+        self.out.extend_from_slice(&room[..used]);
+        (self.pending, self.fill) = (pending, fill);
+    }
+
     /// Fills the last byte with zeros.
     pub(super) fn finish(self) {
         let bytes = self.fill.div_ceil(8) as usize;
@@ -222,6 +263,7 @@ mod tests {
         numbers.extend((0..64).map(|shift| 1 << shift));
         let mut out = vec![9];
         let mut writer = BitWriter::new(&mut out);
+        writer.rice_each(numbers.iter().copied(), 3);
         for &number in &numbers {
             for order in [0, 1, 5, 12, MAX_RICE] {
                 writer.rice(number, order);
@@ -232,6 +274,9 @@ mod tests {
         writer.finish();
         let mut reader = BitReader::new(&out[1..]);
         for &number in &numbers {
+            assert_eq!(reader.rice(3).unwrap(), number);
+        }
+        for &number in &numbers {
             for order in [0, 1, 5, 12, MAX_RICE] {
                 assert_eq!(reader.rice(order).unwrap(), number, "{order}");
                 assert_eq!(reader.exp_golomb(order).unwrap(), number, "{order}");
@@ -241,6 +286,7 @@ mod tests {
         reader.finish().unwrap();
         for length in 1..out.len() {
             let mut reader = BitReader::new(&out[1..length]);
+            let each = numbers.iter().try_for_each(|_| reader.rice(3).map(drop));
             let whole = numbers.iter().try_for_each(|_| {
                 for order in [0, 1, 5, 12, MAX_RICE] {
                     reader.rice(order)?;
@@ -249,7 +295,7 @@ mod tests {
                 reader.take_wide(64);
                 Ok::<_, Error>(())
             });
-            assert!(whole.and_then(|()| reader.finish()).is_err(), "{length}");
+            assert!(each.and(whole).and_then(|()| reader.finish()).is_err(), "{length}");
         }
     }
 }

@@ -6,15 +6,14 @@
 use towline_core::Result;
 
 use super::bits::{BitReader, BitWriter};
-use super::elem::Elem;
 
 /// The most classes of a block.
 pub(super) const MAX: usize = 16;
 /// Magnitudes count as no larger than this, so that a few wild ones do not hide the others.
 const MAX_MAGNITUDE: u64 = 1 << 40;
-/// Elements are counted by key in one stretch of this many of every [`SAMPLE`].
+/// Elements are counted by key in stretches of this many, so that about [`SAMPLE`] are counted.
 const STRETCH: usize = 64;
-const SAMPLE: usize = 16;
+const SAMPLE: usize = 1 << 15;
 
 /// The first key of each class but the first, ascending.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,27 +95,31 @@ impl Stats {
 #[derive(Debug)]
 pub(super) struct Census([Stats; 256]);
 
+impl Default for Census {
+    fn default() -> Self {
+        Self([Stats::default(); 256])
+    }
+}
+
 impl Census {
-    /// Counts a sample of `old`.
+    /// Counts a sample of `keys`, in place of what was counted before.
     #[inline(never)]
-    pub(super) fn of<E: Elem>(old: &[E::Raw]) -> Self {
+    pub(super) fn count(&mut self, keys: &[u8]) {
         let mut counts = [[0u32; 256]; 2];
         let mut seen = 0;
-        for stretch in old.chunks(STRETCH).step_by(if old.len() < 1 << 15 { 1 } else { SAMPLE }) {
+        for stretch in keys.chunks(STRETCH).step_by((keys.len() / SAMPLE).max(1)) {
             seen += stretch.len();
             for pair in stretch.chunks(2) {
                 // Two tables, because equal keys come in a row and one count would wait for the other.
-                for (count, &raw) in counts.iter_mut().zip(pair) {
-                    count[usize::from(E::load(raw).key())] += 1;
+                for (count, &key) in counts.iter_mut().zip(pair) {
+                    count[usize::from(key)] += 1;
                 }
             }
         }
-        let mut census = [Stats::default(); 256];
-        for (key, stats) in census.iter_mut().enumerate() {
+        for (key, stats) in self.0.iter_mut().enumerate() {
             let count = u64::from(counts[0][key]) + u64::from(counts[1][key]);
-            stats.elements = count * old.len() as u64 / seen.max(1) as u64;
+            stats.elements = count * keys.len() as u64 / seen.max(1) as u64;
         }
-        Self(census)
     }
 
     /// Counts a change of `magnitude` that stands for `weight` of them.

@@ -74,7 +74,7 @@ pub(super) fn encode_base<E: Elem>(
     buffers.classes.clear();
     buffers.classes.resize(new.len(), 0);
     let chances = [Chances::of(&counts)];
-    buffers.encode.fill(&chances);
+    buffers.encode.fill(chances.iter());
     let stream = rans::encode(level, &buffers.encode, &buffers.classes, &buffers.tokens, &mut buffers.words);
     out.reserve(4096 + 2 * stream.words() + new.len() * shift as usize / 8);
     let mut bits = BitWriter::new(out);
@@ -306,17 +306,19 @@ fn split(bytes: &[u8], at: Option<usize>) -> Result<(&[u8], &[u8])> {
     at.and_then(|at| bytes.split_at_checked(at)).ok_or_else(|| Error::corrupt("it is cut short"))
 }
 
-/// Appends the body of a delta's block of which `changed` elements change.
+/// Appends the body of a delta's block.
 #[inline(never)]
 pub(super) fn encode_delta<E: Elem>(
     level: Instructions,
     old: &[E::Raw],
     new: &[E::Raw],
-    changed: usize,
     buffers: &mut Buffers,
     out: &mut Vec<u8>,
 ) {
-    let mut census = Census::of::<E>(old);
+    buffers.classes.clear();
+    buffers.classes.extend(old.iter().map(|&raw| E::load(raw).key()));
+    let mut census = Census::default();
+    census.count(&buffers.classes);
     let weight = (old.len() / COUNTED).max(1);
     for (old, new) in old.chunks(64).zip(new.chunks(64)).step_by(weight) {
         for (old, new) in old.iter().zip(new).map(|(old, new)| (E::load(*old), E::load(*new))) {
@@ -330,15 +332,15 @@ pub(super) fn encode_delta<E: Elem>(
     let table = classes.table();
     let mut counts = [[0u32; 256]; MAX];
     buffers.tokens.resize(old.len(), 0);
-    buffers.classes.resize(old.len(), 0);
     buffers.low.clear();
     level.run(Split::<E> { old, new, table: &table, shifts: &shifts, buffers, counts: &mut counts });
+    let same: usize = counts.iter().map(|counts| counts[0] as usize).sum();
     let chances: Vec<_> = counts[..classes.count()].iter().map(|counts| Chances::of(counts)).collect();
-    buffers.encode.fill(&chances);
+    buffers.encode.fill(chances.iter());
     let stream = rans::encode(level, &buffers.encode, &buffers.classes, &buffers.tokens, &mut buffers.words);
     out.reserve(4096 + 2 * stream.words() + buffers.low.len());
     let mut bits = BitWriter::new(out);
-    bits.exp_golomb(changed as u64, COUNT_ORDER);
+    bits.exp_golomb((old.len() - same) as u64, COUNT_ORDER);
     classes.write(&mut bits);
     for (chances, &shift) in chances.iter().zip(&shifts) {
         bits.put(u64::from(shift), 6);

@@ -27,6 +27,7 @@ use std::num::NonZeroUsize;
 use towline_core::{Codec, CodecId, Error, Mode, Modes, Result, Unit, UnitMeta};
 
 use crate::xor::xor_into;
+use classes::Census;
 use elem::{Elem, width};
 pub use simd::Instructions;
 
@@ -73,7 +74,7 @@ impl Octave {
 /// What a thread keeps from block to block, some MiB.
 #[derive(Debug, Default)]
 struct Scratch {
-    masks: Vec<u64>,
+    survey: tiles::Survey,
     sparse: sparse::Scratch,
     dense: dense::Buffers,
 }
@@ -209,16 +210,18 @@ fn encode<E: Elem>(
         return;
     };
     let old = E::split(parent);
-    let changed = tiles::differing::<E>(level, old, new, &mut scratch.masks);
-    let few = new.len() < FEW;
-    if changed == 0 {
-        out.push(Form::Same as u8);
-    } else if few || changed * DENSE <= new.len() {
-        out.push(Form::Sparse as u8);
-        sparse::encode::<E>(level, old, new, &scratch.masks, &mut scratch.sparse, out);
-    } else {
-        out.push(Form::Dense as u8);
-        dense::encode_delta::<E>(level, old, new, changed, &mut scratch.dense, out);
+    let most = if new.len() < FEW { new.len() } else { new.len() / DENSE };
+    let mut census = Census::default();
+    match scratch.survey.of::<E>(level, old, new, most, &mut census, &mut |_| {}) {
+        Some(0) => out.push(Form::Same as u8),
+        Some(_) => {
+            out.push(Form::Sparse as u8);
+            sparse::encode(level, &scratch.survey, census, &mut scratch.sparse, out);
+        }
+        None => {
+            out.push(Form::Dense as u8);
+            dense::encode_delta::<E>(level, old, new, &mut scratch.dense, out);
+        }
     }
 }
 

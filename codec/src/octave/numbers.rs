@@ -13,9 +13,10 @@ const LISTED_BITS: u64 = 10;
 pub(super) const MAGNITUDE_TOKENS: Tokens = Tokens { direct: 24 };
 
 /// How the gaps or the magnitudes (less 1) of a class are written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum Numbers {
     /// All are 0.
+    #[default]
     Zero,
     /// A Rice code for each.
     Each { order: u32 },
@@ -27,27 +28,24 @@ pub(super) enum Numbers {
     Coded { shift: u32 },
 }
 
-/// The best form without a table for `count` numbers, of which `above` are not 0, and about the bits that it takes.
+/// The best form without a table for `count` numbers, and about the bits that it takes. `numbers` may leave out zeros;
+/// `above` gives those that are not 0 with their index.
+#[inline(always)]
 pub(super) fn best(
     count: usize,
     numbers: impl Iterator<Item = u64> + Clone,
     above: impl Iterator<Item = (u32, u64)> + Clone,
 ) -> (Numbers, u64) {
+    let some = above.clone().count();
+    if some == 0 {
+        return (Numbers::Zero, 0);
+    }
     let (order, each) = rice_for(count, &numbers);
     let mut best = (Numbers::Each { order }, each);
-    let some = above.clone().count();
     if some * 2 < count {
-        let mut next = 0;
-        let zeros = above.clone().map(move |(index, _)| {
-            let zeros = index - next;
-            next = index + 1;
-            u64::from(zeros)
-        });
-        let (zeros, places) = rice_for(some, &zeros);
+        let (zeros, places) = rice_for(some, &runs(above.clone()).map(|(run, _)| run));
         let (value, values) = rice_for(some, &above.map(|(_, number)| number - 1));
-        if some == 0 {
-            best = (Numbers::Zero, 0);
-        } else if places + values + LISTED_BITS < best.1 {
+        if places + values + LISTED_BITS < best.1 {
             best = (Numbers::Listed { count: some, zeros, value }, places + values + LISTED_BITS);
         }
     } else {
@@ -58,6 +56,17 @@ pub(super) fn best(
         }
     }
     best
+}
+
+/// The zeros before each number.
+#[inline(always)]
+fn runs(above: impl Iterator<Item = (u32, u64)> + Clone) -> impl Iterator<Item = (u64, u64)> + Clone {
+    let mut next = 0;
+    above.map(move |(index, number)| {
+        let run = index - next;
+        next = index + 1;
+        (u64::from(run), number)
+    })
 }
 
 impl Numbers {
@@ -113,23 +122,22 @@ impl Numbers {
     }
 }
 
-pub(super) fn write_numbers(form: Numbers, numbers: impl Iterator<Item = u64>, bits: &mut BitWriter<'_>) {
+/// Writes numbers; `above` gives those that are not 0 with their index.
+#[inline(always)]
+pub(super) fn write_numbers(
+    form: Numbers,
+    numbers: impl Iterator<Item = u64>,
+    above: impl Iterator<Item = (u32, u64)> + Clone,
+    bits: &mut BitWriter<'_>,
+) {
     match form {
         Numbers::Zero => {}
-        Numbers::Each { order } => numbers.for_each(|number| bits.rice(number, order)),
+        Numbers::Each { order } => bits.rice_each(numbers, order),
         Numbers::Fixed { bits: count } => numbers.for_each(|number| bits.put(number, count)),
-        Numbers::Listed { zeros, value, .. } => {
-            let mut run = 0;
-            for number in numbers {
-                if number == 0 {
-                    run += 1;
-                } else {
-                    bits.rice(run, zeros);
-                    bits.rice(number - 1, value);
-                    run = 0;
-                }
-            }
-        }
+        Numbers::Listed { zeros, value, .. } => runs(above).for_each(|(run, number)| {
+            bits.rice(run, zeros);
+            bits.rice(number - 1, value);
+        }),
         Numbers::Coded { shift } => numbers.for_each(|number| {
             let extra = MAGNITUDE_TOKENS.extra_bits(MAGNITUDE_TOKENS.of(number >> shift));
             bits.put_wide(number & low(shift), shift);
@@ -138,16 +146,22 @@ pub(super) fn write_numbers(form: Numbers, numbers: impl Iterator<Item = u64>, b
     }
 }
 
-/// The best Rice parameter for `count` numbers, and about the bits that they then take.
+/// The best Rice parameter for `count` numbers, of which zeros may be left out, and about the bits that they take.
+#[inline(always)]
 fn rice_for(count: usize, numbers: &(impl Iterator<Item = u64> + Clone)) -> (u32, u64) {
     let count = count as u64;
     // A few wild numbers go into tails and must not decide.
     let sum: u64 = numbers.clone().map(|number| number.min(1 << 32)).sum();
     let middle = (sum / count.max(1) + 1).ilog2().min(MAX_RICE);
-    let heads = |order: u32| numbers.clone().map(|number| (number >> order).min(64)).sum::<u64>();
-    let costs =
-        (middle.saturating_sub(1)..=middle).map(|order| (order, count * u64::from(1 + order) + heads(order)));
-    costs.min_by_key(|&(_, cost)| cost).unwrap_or((0, 0))
+    let below = middle.saturating_sub(1);
+    let (mut heads, mut heads_below) = (0, 0);
+    for number in numbers.clone() {
+        heads += (number >> middle).min(64);
+        heads_below += (number >> below).min(64);
+    }
+    let (cost, cost_below) =
+        (count * u64::from(1 + middle) + heads, count * u64::from(1 + below) + heads_below);
+    if cost_below <= cost { (below, cost_below) } else { (middle, cost) }
 }
 
 pub(super) fn rice_parameter(order: u64) -> Result<u32> {

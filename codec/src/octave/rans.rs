@@ -119,12 +119,12 @@ pub(super) struct EncodeTable {
 }
 
 impl EncodeTable {
-    pub(super) fn fill(&mut self, tables: &[Chances]) {
+    pub(super) fn fill<'a>(&mut self, tables: impl ExactSizeIterator<Item = &'a Chances>) {
         self.packed.clear();
         self.reciprocal.clear();
         self.packed.resize(tables.len() * 256, 1);
         self.reciprocal.resize(tables.len() * 256, 0);
-        for (class, chances) in tables.iter().enumerate() {
+        for (class, chances) in tables.enumerate() {
             let mut before = 0;
             for (token, &chance) in chances.0.iter().enumerate().filter(|(_, chance)| **chance > 0) {
                 let shift = chance.next_power_of_two().ilog2();
@@ -358,7 +358,7 @@ mod tests {
     fn the_reciprocal_is_exact() {
         for chance in 1..=TOTAL {
             let mut table = EncodeTable::default();
-            table.fill(&[Chances(vec![chance])]);
+            table.fill([Chances(vec![chance])].iter());
             let (packed, reciprocal) = (table.packed[0], u64::from(table.reciprocal[0]));
             for state in [chance, LOWEST, 123_456_789, (1 << 31) - 1, ((1u32 << 31) - 1) / chance * chance] {
                 for state in [state.saturating_sub(1), state, (state + 1).min((1 << 31) - 1)] {

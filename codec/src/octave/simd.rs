@@ -25,7 +25,7 @@ pub enum Instructions {
     Scalar,
     /// AVX2 with BMI1, BMI2, LZCNT and POPCNT (x86-64-v3).
     Avx2,
-    /// AVX-512 F, BW, DQ, VL, VBMI and VPOPCNTDQ as well (Ice Lake, Zen 4 and later).
+    /// AVX-512 F, BW, DQ, VL, VBMI, VBMI2 and VPOPCNTDQ as well (Ice Lake, Zen 4 and later).
     #[default]
     Avx512,
 }
@@ -50,6 +50,7 @@ impl Instructions {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512vbmi")
+                && is_x86_feature_detected!("avx512vbmi2")
                 && is_x86_feature_detected!("avx512vpopcntdq");
             let best = match (v3, v4) {
                 (_, true) => Self::Avx512,
@@ -91,7 +92,7 @@ fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(
-    enable = "avx2,bmi1,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vpopcntdq"
+    enable = "avx2,bmi1,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vpopcntdq"
 )]
 fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(x86::Avx512(()))
@@ -104,6 +105,17 @@ pub(super) trait Isa: Copy {
 
     /// Bit `i` is set where byte `i` is not zero.
     fn nonzero(self, bytes: &[u8; 64]) -> u64;
+
+    /// Writes the places of the set bits, counted from `first`, and anything behind them. Returns how many there are.
+    #[inline(always)]
+    fn places(self, mut mask: u64, first: u16, places: &mut [u16; 64]) -> usize {
+        let count = mask.count_ones() as usize;
+        for place in &mut places[..count] {
+            *place = first + mask.trailing_zeros() as u16;
+            mask &= mask.wrapping_sub(1);
+        }
+        count
+    }
 
     /// Fills `masks[class][word]` for the keys of a tile.
     fn class_masks(
@@ -215,9 +227,19 @@ mod x86 {
     #[derive(Debug, Clone, Copy)]
     pub(super) struct Avx2(pub(super) ());
 
-    /// The processor has what [`Avx2`] says, and AVX-512 F, BW, DQ, VL, VBMI and VPOPCNTDQ.
+    /// The processor has what [`Avx2`] says, and AVX-512 F, BW, DQ, VL, VBMI, VBMI2 and VPOPCNTDQ.
     #[derive(Debug, Clone, Copy)]
     pub(super) struct Avx512(pub(super) ());
+
+    const BYTE_NUMBERS: [u8; 64] = {
+        let mut numbers = [0; 64];
+        let mut byte = 0;
+        while byte < 64 {
+            numbers[byte] = byte as u8;
+            byte += 1;
+        }
+        numbers
+    };
 
     const LANE_NUMBERS: [u16; 32] = {
         let mut numbers = [0; 32];
@@ -309,6 +331,24 @@ mod x86 {
             unsafe {
                 let bytes = _mm512_loadu_si512(bytes.as_ptr().cast());
                 _mm512_test_epi8_mask(bytes, bytes)
+            }
+        }
+
+        #[inline(always)]
+        fn places(self, mask: u64, first: u16, places: &mut [u16; 64]) -> usize {
+            // SAFETY: token; bounds: 64 bytes of numbers, two halves of 64 places.
+            unsafe {
+                let bytes = _mm512_loadu_si512(BYTE_NUMBERS.as_ptr().cast());
+                let bytes = _mm512_maskz_compress_epi8(mask, bytes);
+                let first = _mm512_set1_epi16(first.cast_signed());
+                let low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(bytes));
+                _mm512_storeu_si512(places.as_mut_ptr().cast(), _mm512_add_epi16(low, first));
+                let count = mask.count_ones() as usize;
+                if count > 32 {
+                    let high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64::<1>(bytes));
+                    _mm512_storeu_si512(places.as_mut_ptr().add(32).cast(), _mm512_add_epi16(high, first));
+                }
+                count
             }
         }
 

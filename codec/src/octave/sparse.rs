@@ -9,7 +9,7 @@ use super::elem::Elem;
 use super::numbers::{MAGNITUDE_TOKENS, Numbers, best, read_numbers, rice_parameter, write_numbers};
 use super::rans::{self, Chances, DecodeTable, EncodeTable, Words};
 use super::simd::{Instructions, Isa, Kernel, TILE};
-use super::tiles::TileMasks;
+use super::tiles::{Survey, TileMasks};
 
 /// About the bits of a class in the header.
 const CLASS_BITS: f64 = 28.0;
@@ -21,21 +21,38 @@ const WORDS_ORDER: u32 = 6;
 const MEAN_BITS: u32 = 4;
 /// The least bits that tables must save: those of the coder's states and the number of its words.
 const CODER_BITS: f64 = 56.0;
+/// A table takes more than this.
+const LEAST_CODED: u64 = 16;
 /// What the first class's Rice parameter is compared with.
 const FIRST_RICE: u32 = 2;
 
-/// The changes of one class, in order.
+/// The changes of a block, class by class.
 #[derive(Debug, Default)]
-struct List {
-    /// The gap before the change, above its sign bit.
+struct Lists {
+    /// The gap before each change, above its sign bit.
     gaps: Vec<u32>,
-    /// The changes by more than 1: which one, and how much more.
-    large: Vec<(u32, u64)>,
+    /// The end of each class's changes.
+    ends: [usize; MAX],
+    /// The changes of each class by more than 1: which of its changes, and how much more.
+    large: [Vec<(u32, u64)>; MAX],
 }
 
-/// The lists of a block.
-#[derive(Debug, Default)]
-struct Lists([List; MAX]);
+/// The changes of one class, in order.
+#[derive(Debug, Clone, Copy)]
+struct List<'a> {
+    gaps: &'a [u32],
+    large: &'a [(u32, u64)],
+}
+
+impl Lists {
+    fn of(&self, classes: &Classes) -> Vec<List<'_>> {
+        let mut start = 0;
+        let lists = self.ends.iter().zip(&self.large).take(classes.count());
+        lists
+            .map(|(&end, large)| List { gaps: &self.gaps[std::mem::replace(&mut start, end)..end], large })
+            .collect()
+    }
+}
 
 /// Kept from block to block.
 #[derive(Debug, Default)]
@@ -47,93 +64,68 @@ pub(super) struct Scratch {
     tile: Box<TileMasks>,
 }
 
-/// Appends the body of a block of which the elements set in `masks` change.
+/// Appends the body of a block with the changes that `survey` found and `census` counted.
 #[inline(never)]
-pub(super) fn encode<E: Elem>(
+pub(super) fn encode(
     level: Instructions,
-    old: &[E::Raw],
-    new: &[E::Raw],
-    masks: &[u64],
+    survey: &Survey,
+    mut census: Census,
     scratch: &mut Scratch,
     out: &mut Vec<u8>,
 ) {
     let Scratch { lists, tile, buffers, .. } = scratch;
-    let mut census = Census::of::<E>(old);
-    for position in positions(masks) {
-        let (from, to) = (E::load(old[position]), E::load(new[position]));
-        census.change(from.key(), to.minus(from).magnitude().wide(), 1);
-    }
+    census.count(&survey.keys[..survey.elements]);
     let classes = census.classes(CLASS_BITS);
-    lists.0.iter_mut().for_each(|list| {
-        list.gaps.clear();
-        list.large.clear();
-    });
-    level.run(Rank::<E> { old, new, masks, classes: &classes, lists, tile });
-    write(level, &classes, lists, buffers, out);
-}
-
-/// The positions of the set bits.
-fn positions(masks: &[u64]) -> impl Iterator<Item = usize> {
-    masks.iter().enumerate().flat_map(|(word, &mask)| Bits(mask).map(move |bit| word * 64 + bit))
-}
-
-/// The positions of the set bits of a word.
-struct Bits(u64);
-
-impl Iterator for Bits {
-    type Item = usize;
-
-    #[inline]
-    fn next(&mut self) -> Option<usize> {
-        if self.0 == 0 {
-            return None;
-        }
-        let bit = self.0.trailing_zeros();
-        self.0 &= self.0 - 1;
-        Some(bit as usize)
+    lists.large.iter_mut().for_each(Vec::clear);
+    let mut sum = 0;
+    for (end, stats) in lists.ends.iter_mut().zip(census.by_class(&classes)) {
+        sum += stats.changed as usize;
+        *end = sum;
     }
+    lists.gaps.resize(sum.max(lists.gaps.len()), 0);
+    level.run(Rank { survey, classes: &classes, lists, tile });
+    let lists = lists.of(&classes);
+    level.run(Write { level, classes: &classes, lists: &lists, buffers, out });
 }
 
 /// Finds the rank of each change within its class.
-struct Rank<'a, E: Elem> {
-    old: &'a [E::Raw],
-    new: &'a [E::Raw],
-    masks: &'a [u64],
+struct Rank<'a> {
+    survey: &'a Survey,
     classes: &'a Classes,
     lists: &'a mut Lists,
     tile: &'a mut TileMasks,
 }
 
-impl<E: Elem> Kernel for Rank<'_, E> {
+impl Kernel for Rank<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let table = self.classes.table();
-        // The rank behind the last change, and the elements before the tile, of each class.
-        let (mut next, mut seen) = ([0u32; MAX], [0u32; MAX]);
-        let tile = self.tile;
-        let tiles = self.old.chunks(TILE).zip(self.new.chunks(TILE)).zip(self.masks.chunks(TILE / 64));
-        for ((old, new), masks) in tiles {
-            tile.fill::<E, I>(isa, old, self.classes, &table);
-            for (word, &mask) in masks.iter().enumerate() {
-                for bit in Bits(mask) {
-                    let at = word * 64 + bit;
-                    let (from, to) = (E::load(old[at]), E::load(new[at]));
-                    let class = usize::from(table[usize::from(from.key())]) % MAX;
-                    let rank = seen[class] + tile.rank(class, word, bit);
-                    let step = to.minus(from);
-                    let list = &mut self.lists.0[class];
-                    let magnitude = step.magnitude().wide();
-                    if magnitude != 1 {
-                        list.large.push((list.gaps.len() as u32, magnitude.wrapping_sub(1)));
-                    }
-                    list.gaps.push((rank - next[class]) << 1 | u32::from(step.is_negative()));
-                    next[class] = rank + 1;
+        let Self { survey, classes, lists, tile } = self;
+        let table = classes.table();
+        // The rank behind the last change of each class, counted from the tile's first element of it; wraps.
+        let mut next = [0u32; MAX];
+        let mut starts = [0; MAX];
+        starts[1..].copy_from_slice(&lists.ends[..MAX - 1]);
+        let mut at = starts;
+        let keys = survey.keys[..survey.elements].chunks(TILE);
+        for (keys, (places, steps)) in keys.zip(survey.tiles()) {
+            tile.fill_keys(isa, keys, classes, &table);
+            for (&place, &step) in places.iter().zip(steps) {
+                let place = usize::from(place) % TILE;
+                let class = usize::from(table[usize::from(tile.key(place))]) % MAX;
+                let rank = tile.rank_of(class, place);
+                if let Some(gap) = lists.gaps.get_mut(at[class]) {
+                    *gap = rank.wrapping_sub(next[class]) << 1 | (step & 1) as u32;
                 }
+                if step > 1 {
+                    lists.large[class].push(((at[class] - starts[class]) as u32, step >> 1));
+                }
+                at[class] += 1;
+                next[class] = rank + 1;
             }
-            for (class, seen) in seen.iter_mut().enumerate().take(self.classes.count()) {
-                *seen += tile.count(class);
+            for (class, next) in next.iter_mut().enumerate().take(classes.count()) {
+                *next = next.wrapping_sub(tile.count(class));
             }
         }
     }
@@ -149,104 +141,136 @@ struct Buffers {
     words: Words,
 }
 
-#[inline(never)]
-fn write(level: Instructions, classes: &Classes, lists: &Lists, buffers: &mut Buffers, out: &mut Vec<u8>) {
-    let lists = &lists.0[..classes.count()];
-    let plans = plans(lists);
-    let coded = plans.iter().any(|plan| matches!(plan.1, Numbers::Coded { .. }));
-    let mut tables = Vec::new();
-    buffers.tokens.clear();
-    buffers.classes.clear();
-    for (list, &(_, magnitudes)) in lists.iter().zip(&plans) {
-        if let Numbers::Coded { shift } = magnitudes {
-            let class = tables.len() as u8;
-            buffers.tokens.extend(list.each().map(|value| MAGNITUDE_TOKENS.of(value >> shift)));
-            buffers.classes.resize(buffers.tokens.len(), class);
-            tables.push(list.chances(shift).0);
-        }
-    }
-    buffers.encode.fill(&tables);
-    let mut bits = BitWriter::new(out);
-    classes.write(&mut bits);
-    bits.put(u64::from(coded), 1);
-    let mut tables = tables.iter();
-    let mut last = FIRST_RICE;
-    for (list, &(gaps, magnitudes)) in lists.iter().zip(&plans) {
-        bits.exp_golomb(list.gaps.len() as u64, COUNT_ORDER);
-        if list.gaps.is_empty() {
-            continue;
-        }
-        match gaps {
-            Numbers::Each { order } => {
-                bits.put(0, 1);
-                // From octave to octave the chance halves and the gaps double.
-                bits.exp_golomb(zigzag(i64::from(order) - i64::from(last) - 1), 0);
-                last = order;
+/// How the changes of a class are written.
+#[derive(Debug, Default)]
+struct Plan {
+    gaps: Numbers,
+    magnitudes: Numbers,
+    /// The chances of the tokens if the magnitudes are coded.
+    table: Option<Chances>,
+}
+
+/// Appends a body.
+struct Write<'a> {
+    level: Instructions,
+    classes: &'a Classes,
+    lists: &'a [List<'a>],
+    buffers: &'a mut Buffers,
+    out: &'a mut Vec<u8>,
+}
+
+impl Kernel for Write<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        let Self { level, classes, lists, buffers, out } = self;
+        let plans = plans(lists);
+        let tables: Vec<&Chances> = plans.iter().filter_map(|plan| plan.table.as_ref()).collect();
+        let coded = !tables.is_empty();
+        let mut bits = BitWriter::new(out);
+        classes.write(&mut bits);
+        bits.put(u64::from(coded), 1);
+        let mut last = FIRST_RICE;
+        for (list, plan) in lists.iter().zip(&plans) {
+            bits.exp_golomb(list.gaps.len() as u64, COUNT_ORDER);
+            if list.gaps.is_empty() {
+                continue;
             }
-            Numbers::Zero | Numbers::Listed { .. } | Numbers::Fixed { .. } | Numbers::Coded { .. } => {
-                bits.put(1, 1);
-                gaps.write(&mut bits, false);
+            match plan.gaps {
+                Numbers::Each { order } => {
+                    bits.put(0, 1);
+                    // From octave to octave the chance halves and the gaps double.
+                    bits.exp_golomb(zigzag(i64::from(order) - i64::from(last) - 1), 0);
+                    last = order;
+                }
+                Numbers::Zero | Numbers::Listed { .. } | Numbers::Fixed { .. } | Numbers::Coded { .. } => {
+                    bits.put(1, 1);
+                    plan.gaps.write(&mut bits, false);
+                }
+            }
+            plan.magnitudes.write(&mut bits, coded);
+            if let Some(table) = &plan.table {
+                table.write(&mut bits);
             }
         }
-        magnitudes.write(&mut bits, coded);
-        if let Numbers::Coded { .. } = magnitudes {
-            tables.by_ref().take(1).for_each(|table| table.write(&mut bits));
+        if coded {
+            let stream = buffers.encode(level, lists, &plans, &tables);
+            bits.exp_golomb(stream.words() as u64, WORDS_ORDER);
+            bits.finish();
+            stream.write(out);
+            bits = BitWriter::new(out);
         }
-    }
-    if coded {
-        let stream =
-            rans::encode(level, &buffers.encode, &buffers.classes, &buffers.tokens, &mut buffers.words);
-        bits.exp_golomb(stream.words() as u64, WORDS_ORDER);
+        for (list, plan) in lists.iter().zip(&plans) {
+            write_numbers(plan.gaps, list.waits(), list.waits_above(), &mut bits);
+            for signs in list.gaps.chunks(32) {
+                let word = (0..).zip(signs).fold(0, |word, (at, sign)| word | u64::from(sign & 1) << at);
+                bits.put(word, signs.len() as u32);
+            }
+            write_numbers(plan.magnitudes, list.each(), list.large.iter().copied(), &mut bits);
+        }
         bits.finish();
-        stream.write(out);
-        bits = BitWriter::new(out);
     }
-    for (list, &(gaps, magnitudes)) in lists.iter().zip(&plans) {
-        write_numbers(gaps, list.gaps.iter().map(|gap| u64::from(gap >> 1)), &mut bits);
-        for signs in list.gaps.chunks(32) {
-            let word = (0..).zip(signs).fold(0, |word, (at, sign)| word | u64::from(sign & 1) << at);
-            bits.put(word, signs.len() as u32);
-        }
-        if magnitudes != Numbers::Zero {
-            write_numbers(magnitudes, list.each(), &mut bits);
-        }
-    }
-    bits.finish();
 }
 
-/// The forms of the gaps and of the magnitudes of each class.
-fn plans(lists: &[List]) -> [(Numbers, Numbers); MAX] {
-    let mut plans = [(Numbers::Zero, Numbers::Zero); MAX];
-    let mut coded = plans;
+/// The plan of each class.
+#[inline(always)]
+fn plans(lists: &[List<'_>]) -> Vec<Plan> {
+    let (mut plans, mut coded) = (Vec::with_capacity(MAX), Vec::with_capacity(MAX));
     let mut saved = 0.0;
-    for ((list, plan), coded) in lists.iter().zip(&mut plans).zip(&mut coded) {
-        let gaps = list.gaps.iter().map(|gap| u64::from(gap >> 1));
-        let gaps = best(list.gaps.len(), gaps.clone(), (0..).zip(gaps).filter(|(_, gap)| *gap > 0)).0;
-        let (magnitudes, bits) = match list.large.is_empty() {
-            true => (Numbers::Zero, 0),
-            false => best(list.gaps.len(), list.each(), list.large.iter().copied()),
-        };
-        *plan = (gaps, magnitudes);
-        *coded = *plan;
-        if !list.large.is_empty() {
-            let shift = list.shift();
-            let (chances, counts) = list.chances(shift);
-            let saves = bits as f64 - chances.cost(&counts) - list.low_bits(shift, &counts);
-            if saves > 0.0 {
-                saved += saves;
-                *coded = (gaps, Numbers::Coded { shift });
-            }
+    for list in lists {
+        let count = list.gaps.len();
+        let gaps = best(count, list.waits(), list.waits_above()).0;
+        let more = list.large.iter().map(|large| large.1);
+        let (magnitudes, bits) = best(count, more, list.large.iter().copied());
+        let (saves, with_table) = list.coded(bits);
+        if saves > 0.0 {
+            saved += saves;
+            coded.push(with_table);
+        } else {
+            coded.push((magnitudes, None));
+        }
+        plans.push(Plan { gaps, magnitudes, table: None });
+    }
+    if saved > CODER_BITS {
+        for (plan, (magnitudes, table)) in plans.iter_mut().zip(coded) {
+            (plan.magnitudes, plan.table) = (magnitudes, table);
         }
     }
-    if saved > CODER_BITS { coded } else { plans }
+    plans
 }
 
-impl List {
+impl<'a> List<'a> {
+    /// The gap before each change.
+    #[inline(always)]
+    fn waits(self) -> impl Iterator<Item = u64> + Clone + use<'a> {
+        self.gaps.iter().map(|gap| u64::from(gap >> 1))
+    }
+
+    /// Those above 0, with their index.
+    #[inline(always)]
+    fn waits_above(self) -> impl Iterator<Item = (u32, u64)> + Clone + use<'a> {
+        (0..).zip(self.waits()).filter(|(_, gap)| *gap > 0)
+    }
+
     /// The magnitude of each change, less 1.
-    fn each(&self) -> impl Iterator<Item = u64> + Clone {
+    #[inline(always)]
+    fn each(self) -> impl Iterator<Item = u64> + Clone + use<'a> {
         let mut large = self.large.iter().peekable();
         (0..self.gaps.len())
             .map(move |index| large.next_if(|large| large.0 as usize == index).map_or(0, |large| large.1))
+    }
+
+    /// The magnitudes with a table, and what that saves of the `bits` that they take without.
+    #[inline(never)]
+    fn coded(self, bits: u64) -> (f64, (Numbers, Option<Chances>)) {
+        if bits < LEAST_CODED {
+            return (0.0, (Numbers::Zero, None));
+        }
+        let shift = self.shift();
+        let (chances, counts) = self.chances(shift);
+        let saves = bits as f64 - chances.cost(&counts) - self.low_bits(shift, &counts);
+        (saves, (Numbers::Coded { shift }, Some(chances)))
     }
 
     /// The bits of magnitudes below their tokens.
@@ -258,7 +282,7 @@ impl List {
     /// The chances of the tokens, and how often each comes up.
     fn chances(&self, shift: u32) -> (Chances, [u32; 256]) {
         let mut counts = [0; 256];
-        for &(_, more) in &self.large {
+        for &(_, more) in self.large {
             counts[usize::from(MAGNITUDE_TOKENS.of(more >> shift))] += 1;
         }
         counts[0] += (self.gaps.len() - self.large.len()) as u32;
@@ -386,6 +410,29 @@ pub(super) fn decode<E: Elem>(
 }
 
 impl Buffers {
+    /// Encodes the tokens of the magnitudes that have tables.
+    #[inline(never)]
+    fn encode(
+        &mut self,
+        level: Instructions,
+        lists: &[List<'_>],
+        plans: &[Plan],
+        tables: &[&Chances],
+    ) -> rans::Stream<'_> {
+        self.tokens.clear();
+        self.classes.clear();
+        let mut class = 0;
+        for (list, plan) in lists.iter().zip(plans) {
+            if let Numbers::Coded { shift } = plan.magnitudes {
+                self.tokens.extend(list.each().map(|value| MAGNITUDE_TOKENS.of(value >> shift)));
+                self.classes.resize(self.tokens.len(), class);
+                class += 1;
+            }
+        }
+        self.encode.fill(tables.iter().copied());
+        rans::encode(level, &self.encode, &self.classes, &self.tokens, &mut self.words)
+    }
+
     /// Decodes the tokens of the magnitudes from the start of `bytes` and returns what is behind.
     fn decode<'a>(&mut self, level: Instructions, header: &Header, bytes: &'a [u8]) -> Result<&'a [u8]> {
         self.classes.clear();

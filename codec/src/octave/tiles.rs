@@ -1,6 +1,6 @@
 //! Which elements differ, and which rank each has within its class: a tile at a time.
 
-use super::classes::{Classes, MAX};
+use super::classes::{Census, Classes, MAX};
 use super::elem::Elem;
 use super::simd::{Instructions, Isa, Kernel, TILE, WORDS};
 
@@ -30,17 +30,34 @@ impl TileMasks {
         table: &[u8; 256],
     ) {
         self.keys.iter_mut().zip(old).for_each(|(key, &raw)| *key = E::load(raw).key());
+        self.rank(isa, old.len(), classes, table);
+    }
+
+    /// As `fill`, of at most [`TILE`] keys.
+    #[inline(always)]
+    pub(super) fn fill_keys<I: Isa>(&mut self, isa: I, keys: &[u8], classes: &Classes, table: &[u8; 256]) {
+        self.keys[..keys.len()].copy_from_slice(keys);
+        self.rank(isa, keys.len(), classes, table);
+    }
+
+    #[inline(always)]
+    fn rank<I: Isa>(&mut self, isa: I, length: usize, classes: &Classes, table: &[u8; 256]) {
         isa.class_masks(&self.keys, classes, table, &mut self.masks);
         for class in 0..classes.count() {
             let (masks, sums) = (&mut self.masks[class], &mut self.sums[class]);
-            if old.len() < TILE {
+            if length < TILE {
                 // The keys behind the end are of another tile.
-                let (whole, more) = (old.len() / 64, old.len() % 64);
+                let (whole, more) = (length / 64, length % 64);
                 masks[whole..].iter_mut().for_each(|mask| *mask &= (1 << more) - 1);
                 masks[whole + 1..].fill(0);
             }
             self.counts[class] = isa.running_counts(masks, sums);
         }
+    }
+
+    #[inline(always)]
+    pub(super) fn key(&self, place: usize) -> u8 {
+        self.keys[place]
     }
 
     /// The elements of `class`.
@@ -49,9 +66,10 @@ impl TileMasks {
         self.counts[class]
     }
 
-    /// The elements of `class` before bit `bit` of word `word`.
+    /// The elements of `class` before the one at `place`.
     #[inline(always)]
-    pub(super) fn rank(&self, class: usize, word: usize, bit: usize) -> u32 {
+    pub(super) fn rank_of(&self, class: usize, place: usize) -> u32 {
+        let (word, bit) = (place / 64 % WORDS, place % 64);
         let below = self.masks[class][word] & ((1 << bit) - 1);
         u32::from(self.sums[class][word]) + below.count_ones()
     }
@@ -65,48 +83,115 @@ impl TileMasks {
     }
 }
 
-/// Sets the bit of each element that differs, 64 to a word, and returns how many there are.
-pub(super) fn differing<E: Elem>(
-    level: Instructions,
-    old: &[E::Raw],
-    new: &[E::Raw],
-    masks: &mut Vec<u64>,
-) -> usize {
-    masks.clear();
-    masks.reserve(old.len().div_ceil(64));
-    level.run(Differing::<E> { old, new, masks })
+/// What one pass over a block's old and new elements finds.
+#[derive(Debug, Default)]
+pub(super) struct Survey {
+    /// The key of each old element, and zeros up to a whole word.
+    pub(super) keys: Vec<u8>,
+    pub(super) elements: usize,
+    /// The places within their tiles of the elements that differ; one word more is writable.
+    places: Vec<u16>,
+    /// How the element at each place changes: its magnitude less 1, above its sign.
+    steps: Vec<u64>,
+    /// Where the changes of each tile end.
+    ends: Vec<usize>,
 }
 
-struct Differing<'a, E: Elem> {
+impl Survey {
+    /// Finds what differs and counts it in `census`. Returns how many elements that is, or nothing as soon as there
+    /// are more than `most`. Calls `read` with the end of each stretch of elements when it is done with it.
+    pub(super) fn of<E: Elem>(
+        &mut self,
+        level: Instructions,
+        old: &[E::Raw],
+        new: &[E::Raw],
+        most: usize,
+        census: &mut Census,
+        read: &mut dyn FnMut(usize),
+    ) -> Option<usize> {
+        self.keys.resize(old.len().next_multiple_of(64), 0);
+        self.elements = old.len();
+        self.ends.clear();
+        // A tile more than may be found: it is noticed behind the tile.
+        let room = most.min(old.len()) + TILE + 64;
+        self.places.resize(room.max(self.places.len()), 0);
+        self.steps.resize(room.max(self.steps.len()), 0);
+        level.run(Find::<E> { old, new, most, survey: self, census, read })
+    }
+
+    /// The places and steps of each tile.
+    #[inline(always)]
+    pub(super) fn tiles(&self) -> impl Iterator<Item = (&[u16], &[u64])> {
+        let mut start = 0;
+        self.ends.iter().map(move |&end| {
+            let range = std::mem::replace(&mut start, end)..end;
+            (&self.places[range.clone()], &self.steps[range])
+        })
+    }
+}
+
+struct Find<'a, E: Elem> {
     old: &'a [E::Raw],
     new: &'a [E::Raw],
-    masks: &'a mut Vec<u64>,
+    most: usize,
+    survey: &'a mut Survey,
+    census: &'a mut Census,
+    read: &'a mut dyn FnMut(usize),
 }
 
-impl<E: Elem> Kernel for Differing<'_, E> {
-    type Output = usize;
+impl<E: Elem> Kernel for Find<'_, E> {
+    type Output = Option<usize>;
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) -> usize {
-        let mut count = 0;
-        for (old, new) in self.old.chunks(64).zip(self.new.chunks(64)) {
-            let mut differs = [0; 64];
-            match (old.first_chunk::<64>(), new.first_chunk::<64>()) {
-                (Some(old), Some(new)) => {
-                    for index in 0..64 {
-                        differs[index] = u8::from(E::load(old[index]) != E::load(new[index]));
+    fn run<I: Isa>(self, isa: I) -> Option<usize> {
+        let Survey { keys, places, steps, ends, .. } = self.survey;
+        let (mut found, mut done) = (0, 0);
+        let tiles = self.old.chunks(TILE).zip(self.new.chunks(TILE)).zip(keys.chunks_mut(TILE));
+        for ((old, new), keys) in tiles {
+            let first = found;
+            let words = old.chunks(64).zip(new.chunks(64)).zip(keys.as_chunks_mut::<64>().0);
+            for (word, ((old, new), keys)) in (0..).zip(words) {
+                let mask = match (old.as_array(), new.as_array()) {
+                    (Some(old), Some(new)) => differing::<E, I>(isa, old, new, keys),
+                    _ => {
+                        // What fills the last word is the same on both sides.
+                        let mut pair = [[E::default().store(); 64]; 2];
+                        pair[0][..old.len()].copy_from_slice(old);
+                        pair[1][..new.len()].copy_from_slice(new);
+                        differing::<E, I>(isa, &pair[0], &pair[1], keys)
                     }
-                }
-                _ => {
-                    for (to, (old, new)) in differs.iter_mut().zip(old.iter().zip(new)) {
-                        *to = u8::from(E::load(*old) != E::load(*new));
-                    }
+                };
+                if let Some(places) = places[found..].first_chunk_mut() {
+                    found += isa.places(mask, word * 64, places);
                 }
             }
-            let mask = isa.nonzero(&differs);
-            count += mask.count_ones() as usize;
-            self.masks.push(mask);
+            for (&place, step) in places[first..found].iter().zip(&mut steps[first..found]) {
+                let place = usize::from(place) % TILE;
+                let (from, to) = (E::load(old[place]), E::load(new[place]));
+                let change = to.minus(from);
+                let more = change.magnitude().wide().wrapping_sub(1);
+                *step = more << 1 | u64::from(change.is_negative());
+                self.census.change(from.key(), more.wrapping_add(1), 1);
+            }
+            if found > self.most {
+                return None;
+            }
+            ends.push(found);
+            done += old.len();
+            (self.read)(done);
         }
-        count
+        Some(found)
     }
+}
+
+/// Bit `i` is set where element `i` differs. Sets the keys of the old ones.
+#[inline(always)]
+fn differing<E: Elem, I: Isa>(isa: I, old: &[E::Raw; 64], new: &[E::Raw; 64], keys: &mut [u8; 64]) -> u64 {
+    let mut differs = [0; 64];
+    for index in 0..64 {
+        let old = E::load(old[index]);
+        differs[index] = u8::from(old != E::load(new[index]));
+        keys[index] = old.key();
+    }
+    isa.nonzero(&differs)
 }
