@@ -69,6 +69,23 @@ pub trait Codec: Debug + Send + Sync + 'static {
         out: &mut Vec<u8>,
     ) -> Result<()>;
 
+    /// As [`Codec::encode`], and says how far it has read: calls `read` with the end of each stretch of the unit, in
+    /// order, while the stretch's old and new bytes are in the processor's cache. The pipeline then digests them
+    /// without fetching them again. What is not told by the end counts as read then. Default: tells nothing.
+    ///
+    /// # Errors
+    /// As [`Codec::encode`].
+    fn encode_reading(
+        &self,
+        unit: &UnitMeta<'_>,
+        parent: Option<&[u8]>,
+        current: &[u8],
+        out: &mut Vec<u8>,
+        _read: &mut dyn FnMut(usize),
+    ) -> Result<()> {
+        self.encode(unit, parent, current, out)
+    }
+
     /// Fills `target` from a frame. It holds the parent's bytes for [`Mode::Delta`] and anything for
     /// [`Mode::Base`]. After `Ok` it is wholly written; after an error it is undefined.
     ///
@@ -117,6 +134,9 @@ macro_rules! forward {
             fn framing(&self) -> Framing { (**self).framing() }
             fn encode(&self, unit: &UnitMeta<'_>, parent: Option<&[u8]>, current: &[u8], out: &mut Vec<u8>) -> Result<()> {
                 (**self).encode(unit, parent, current, out)
+            }
+            fn encode_reading(&self, unit: &UnitMeta<'_>, parent: Option<&[u8]>, current: &[u8], out: &mut Vec<u8>, read: &mut dyn FnMut(usize)) -> Result<()> {
+                (**self).encode_reading(unit, parent, current, out, read)
             }
             fn decode(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8]) -> Result<()> {
                 (**self).decode(unit, mode, encoded, target)

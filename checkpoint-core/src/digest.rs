@@ -57,6 +57,42 @@ pub fn block_digest(block: &[u8]) -> u128 {
     XxHash3_128::oneshot(block)
 }
 
+/// Block digests of bytes that come in pieces.
+#[derive(Default)]
+pub(crate) struct BlockHasher {
+    done: Vec<u128>,
+    open: XxHash3_128,
+    /// Bytes in `open`, at most [`DIGEST_BLOCK`].
+    filled: usize,
+}
+
+impl BlockHasher {
+    pub(crate) fn update(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            if self.filled == DIGEST_BLOCK {
+                self.close();
+            }
+            let (piece, rest) = bytes.split_at(bytes.len().min(DIGEST_BLOCK - self.filled));
+            self.open.write(piece);
+            self.filled += piece.len();
+            bytes = rest;
+        }
+    }
+
+    fn close(&mut self) {
+        self.done.push(std::mem::take(&mut self.open).finish_128());
+        self.filled = 0;
+    }
+
+    /// The digest of each block, in order.
+    pub(crate) fn finish(mut self) -> Vec<u128> {
+        if self.filled > 0 {
+            self.close();
+        }
+        self.done
+    }
+}
+
 /// The identity of a set of weights however it is stored: BLAKE3 over the sorted
 /// (name, dtype, shape, tensor digest), each field with its length before it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -186,6 +222,12 @@ mod tests {
         let data = vec![7; DIGEST_BLOCK + 5];
         let blocks = [block_digest(&data[..DIGEST_BLOCK]), block_digest(&data[DIGEST_BLOCK..])];
         assert_eq!(TensorDigest::of(&data), TensorDigest::of_blocks(blocks));
+        for size in [1000, DIGEST_BLOCK, DIGEST_BLOCK + 5] {
+            let mut hasher = BlockHasher::default();
+            data.chunks(size).for_each(|piece| hasher.update(piece));
+            assert_eq!(hasher.finish(), blocks);
+        }
+        assert_eq!(BlockHasher::default().finish(), []);
         assert_ne!(TensorDigest::of(&data), TensorDigest::of(&data[..DIGEST_BLOCK]));
     }
 

@@ -5,7 +5,8 @@ use std::sync::Mutex;
 
 use bytes::Bytes;
 
-use super::{Limits, block_digests, poisoned, run, spans, units};
+use super::{Limits, poisoned, run, spans, units};
+use crate::digest::BlockHasher;
 use crate::id::shown;
 use crate::tensor::same_tensors;
 use crate::{Codec, Error, Result, TensorDigest, TensorMeta, TensorSource, Unit, UnitMeta};
@@ -164,14 +165,25 @@ impl Job<'_> {
         let checked = units(codec.unit(), self.meta) > 1;
         // A span of one unit has its check from the digests of its blocks.
         let several = codec.unit().ranges(self.range.len()).len() > 1;
+        let (mut hasher, mut parent_hasher) = (BlockHasher::default(), BlockHasher::default());
         for range in codec.unit().ranges(self.range.len()) {
             let unit = UnitMeta::new(self.meta, self.range.start + range.start..self.range.start + range.end);
+            let mut hashed = range.start;
             let current = &pair.current[range.clone()];
-            let parent = pair.parent.as_ref().map(|parent| &parent[range]);
+            let parent = pair.parent.as_ref().map(|parent| &parent[range.clone()]);
             let mut frame = Vec::new();
-            codec.encode(&unit, parent, current, &mut frame).map_err(|error| {
+            let mut hash_to = |end: usize| {
+                let more = hashed..(range.start + end).clamp(hashed, range.end);
+                hashed = more.end;
+                hasher.update(&pair.current[more.clone()]);
+                if let Some(parent) = &pair.parent {
+                    parent_hasher.update(&parent[more]);
+                }
+            };
+            codec.encode_reading(&unit, parent, current, &mut frame, &mut hash_to).map_err(|error| {
                 error.context(format_args!("tensor `{}`, byte {}", unit.name, unit.offset))
             })?;
+            hash_to(range.len());
             done.changed += match parent.and_then(|_| codec.changed(&unit, &frame)) {
                 Some(changed) => changed,
                 None => changed(self.meta, parent, current),
@@ -183,11 +195,11 @@ impl Job<'_> {
                 done.checks.push(TensorDigest::of(current).check());
             }
         }
-        done.blocks = block_digests(&pair.current);
+        done.blocks = hasher.finish();
         if checked && !several {
             done.checks.push(TensorDigest::of_blocks(done.blocks.iter().copied()).check());
         }
-        done.parent_blocks = pair.parent.as_deref().map(block_digests);
+        done.parent_blocks = pair.parent.as_ref().map(|_| parent_hasher.finish());
         if codec.unit() == Unit::Whole {
             done.checksum = codec.checksum(&pair.current);
         }

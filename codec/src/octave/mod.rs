@@ -115,13 +115,24 @@ impl Codec for Octave {
         current: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<()> {
+        self.encode_reading(unit, parent, current, out, &mut |_| {})
+    }
+
+    fn encode_reading(
+        &self,
+        unit: &UnitMeta<'_>,
+        parent: Option<&[u8]>,
+        current: &[u8],
+        out: &mut Vec<u8>,
+        read: &mut dyn FnMut(usize),
+    ) -> Result<()> {
         if let Some(parent) = parent {
             crate::block::check_parent(unit, parent, current)?;
         }
         check_length(unit, current.len())?;
         let start = out.len();
         SCRATCH.with_borrow_mut(|scratch| {
-            by_width!(unit, current.len(), encode(self.instructions, parent, current, scratch, out));
+            by_width!(unit, current.len(), encode(self.instructions, parent, current, scratch, out, read));
         });
         if out.len() - start > current.len() {
             out.truncate(start);
@@ -198,6 +209,7 @@ fn encode<E: Elem>(
     current: &[u8],
     scratch: &mut Scratch,
     out: &mut Vec<u8>,
+    read: &mut dyn FnMut(usize),
 ) {
     let new = E::split(current);
     let Some(parent) = parent else {
@@ -212,7 +224,7 @@ fn encode<E: Elem>(
     let old = E::split(parent);
     let most = if new.len() < FEW { new.len() } else { new.len() / DENSE };
     let mut census = Census::default();
-    match scratch.survey.of::<E>(level, old, new, most, &mut census, &mut |_| {}) {
+    match scratch.survey.of::<E>(level, old, new, most, &mut census, &mut |end| read(end * size_of::<E>())) {
         Some(0) => out.push(Form::Same as u8),
         Some(_) => {
             out.push(Form::Sparse as u8);

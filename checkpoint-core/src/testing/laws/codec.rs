@@ -197,7 +197,8 @@ pub fn append_only(codec: &dyn Codec, case: &CodecCase) -> Result<(), String> {
     })
 }
 
-/// Equal input gives equal frames: again, and from two threads at once.
+/// Equal input gives equal frames: again, from two threads at once, and while the codec says how far it has read,
+/// which goes forwards and stays within the unit.
 ///
 /// # Errors
 /// What broke.
@@ -214,6 +215,11 @@ pub fn deterministic(codec: &dyn Codec, case: &CodecCase) -> Result<(), String> 
         for again in [encode()].into_iter().chain(threads) {
             ensure!(again? == frame.bytes, "the same input gave another frame");
         }
+        let (mut ends, mut reading) = (Vec::new(), Vec::new());
+        frame.encode_reading(codec, &mut reading, &mut |end| ends.push(end))?;
+        ensure!(reading == frame.bytes, "encode_reading gave another frame than encode");
+        let forwards = ends.is_sorted() && ends.last().is_none_or(|&end| end <= frame.unit.current.len());
+        ensure!(forwards, "encode_reading read up to {ends:?} of {} bytes", frame.unit.current.len());
         Ok(())
     })
 }

@@ -33,6 +33,17 @@ impl Frame<'_> {
             .map_err(|error| format!("encode of what it took before: {error:?}"))
     }
 
+    pub(super) fn encode_reading(
+        &self,
+        codec: &dyn Codec,
+        out: &mut Vec<u8>,
+        read: &mut dyn FnMut(usize),
+    ) -> Result<(), String> {
+        let parent = (self.mode == Mode::Delta).then_some(self.unit.parent);
+        guarded(|| codec.encode_reading(&self.unit.meta, parent, self.unit.current, out, read))?
+            .map_err(|error| format!("encode_reading of what encode took: {error:?}"))
+    }
+
     pub(super) fn decode(&self, codec: &dyn Codec, bytes: &[u8], target: &mut [u8]) -> CoreResult<()> {
         codec.decode(&self.unit.meta, self.mode, bytes, target)
     }
