@@ -26,6 +26,8 @@ enum Fault {
     LazyRevert,
     HalfCompose,
     RemembersUnits,
+    ReadsTooFar,
+    OtherWhenReading,
 }
 
 /// Frame: four bytes of length, four spare bytes, then the bytes or the XOR with the parent.
@@ -101,6 +103,22 @@ impl Codec for Broken {
         Ok(())
     }
 
+    fn encode_reading(
+        &self,
+        unit: &UnitMeta<'_>,
+        parent: Option<&[u8]>,
+        current: &[u8],
+        out: &mut Vec<u8>,
+        read: &mut dyn FnMut(usize),
+    ) -> Result<()> {
+        self.encode(unit, parent, current, out)?;
+        read(current.len() + usize::from(self.is(Fault::ReadsTooFar)));
+        if self.is(Fault::OtherWhenReading) {
+            out.push(0);
+        }
+        Ok(())
+    }
+
     fn decode(&self, _: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8]) -> Result<()> {
         let short = || Error::corrupt("cut short");
         let (head, body) = encoded.split_at_checked(HEAD).ok_or_else(short)?;
@@ -154,7 +172,7 @@ fn faults(law: &str) -> &'static [Fault] {
         "modes_are_honest" => &[Fault::HiddenMode, Fault::EmptyPromise],
         "round_trip" => &[Fault::LosesABit],
         "append_only" => &[Fault::ClearsTheOutput],
-        "deterministic" => &[Fault::Counts],
+        "deterministic" => &[Fault::Counts, Fault::ReadsTooFar, Fault::OtherWhenReading],
         "dirty_target" => &[Fault::TrustsTheTarget],
         "truncation_is_an_error" => &[Fault::TakesShortFrames],
         "noise_never_panics" => &[Fault::PanicsOnLongFrames],
