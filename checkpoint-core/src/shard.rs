@@ -1,17 +1,17 @@
 //! Files of encoded tensors: Towline's own container, and the safetensors form of the arc formats.
 //!
 //! ```text
-//! container:  "TOWLINE\x02" | frames, tensor by tensor | index | footer (32 bytes)
+//! container:  "TOWLINE\x03" | frames, tensor by tensor | index | footer (32 bytes)
 //! footer:     index start u64 | index length u64 | XXH3-64 of the index u64 | "TOWLIDX\x01"     (little-endian)
-//! index:      codec id | mode | parent content digest (delta) | unit bytes (0 = whole) | tensor count
-//!             | tensors sorted by name
+//! index:      codec id | mode | content digest | content digest of the parent (delta) | unit bytes (0 = whole)
+//!             | tensor count | tensors sorted by name
 //! tensor:     shared prefix | 0, suffix length, suffix, dtype, rank, dimensions
 //!                           or k: the suffix, dtype and dimensions of the k-th tensor before
-//!             | tensor digest (16 bytes) | length of each frame
-//!             | check of each unit (4 bytes), if there are several
+//!             | length of each frame | check of each unit (4 bytes)
 //! ```
 //! Numbers in the index are LEB128. Layers repeat, so that most tensors of a model look k tensors back for what they
-//! are. A check is the beginning of the unit's own digest. The index stands behind the frames, so a file is written in one pass.
+//! are. A check is the beginning of the unit's own digest: enough for accidents in one unit, while the content digest
+//! covers all tensors in full. The index stands behind the frames, so a file is written in one pass.
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -23,7 +23,7 @@ use crate::safetensors::{ByteSource, Header};
 use crate::{CodecId, ContentDigest, DType, Error, Mode, Result, TensorDigest, TensorMeta, Unit};
 
 /// The first bytes of a container.
-pub const MAGIC: &[u8; 8] = b"TOWLINE\x02";
+pub const MAGIC: &[u8; 8] = b"TOWLINE\x03";
 /// The length of a container's footer.
 pub const FOOTER_LEN: usize = 32;
 const FOOTER_MAGIC: &[u8; 8] = b"TOWLIDX\x01";
@@ -48,11 +48,9 @@ pub struct EncodedTensor {
     pub unit: Unit,
     /// Each unit's frame, as a range of the file.
     pub frames: Vec<Range<u64>>,
-    /// The digest of the decoded tensor; `None` in the arc formats.
-    pub digest: Option<TensorDigest>,
     /// The checksum of the decoded tensor in the arc formats.
     pub checksum: Option<u32>,
-    /// The check of each decoded unit ([`TensorDigest::check`]), where there are several; empty in the arc formats.
+    /// The check of each decoded unit ([`TensorDigest::check`]); empty in the arc formats.
     pub checks: Vec<u32>,
 }
 
@@ -64,6 +62,8 @@ pub struct ShardIndex {
     pub codec: Option<CodecId>,
     /// Base or delta.
     pub mode: Mode,
+    /// The content digest of the decoded tensors; `None` in the safetensors form.
+    pub content: Option<ContentDigest>,
     /// For a delta in a container: the content digest of the parent's tensors of the same names.
     pub parent: Option<ContentDigest>,
     /// The tensors, sorted by name.
@@ -109,10 +109,15 @@ impl ShardIndex {
         let codec =
             std::str::from_utf8(reader.take(codec_len)?).map_err(|_| bad("the codec id is no text"))?;
         let codec = CodecId::new(codec).map_err(|error| bad(error.message()))?;
-        let (mode, parent) = match reader.byte()? {
-            0 => (Mode::Base, None),
-            1 => (Mode::Delta, Some(ContentDigest::from_bytes(reader.array()?))),
+        let mode = match reader.byte()? {
+            0 => Mode::Base,
+            1 => Mode::Delta,
             other => return Err(bad(&format!("mode {other} is unknown"))),
+        };
+        let content = Some(ContentDigest::from_bytes(reader.array()?));
+        let parent = match mode {
+            Mode::Base => None,
+            Mode::Delta => Some(ContentDigest::from_bytes(reader.array()?)),
         };
         let unit = NonZeroUsize::new(reader.size()?).map_or(Unit::Whole, Unit::Block);
         let count = reader.number()?;
@@ -134,7 +139,7 @@ impl ShardIndex {
         if !reader.bytes.is_empty() || position != range.start {
             return Err(bad("the frames do not tile the file"));
         }
-        Ok(Self { codec: Some(codec), mode, parent, tensors })
+        Ok(Self { codec: Some(codec), mode, content, parent, tensors })
     }
 
     /// The index of a delta in the safetensors form.
@@ -160,12 +165,29 @@ impl ShardIndex {
                 meta: None,
                 unit: Unit::Whole,
                 frames: vec![entry.range.clone()],
-                digest: None,
                 checksum: Some(checksum),
                 checks: Vec::new(),
             });
         }
-        Ok(Self { codec: None, mode: Mode::Delta, parent: None, tensors })
+        Ok(Self { codec: None, mode: Mode::Delta, content: None, parent: None, tensors })
+    }
+
+    /// Checks the digests of all decoded tensors, in order, against the file's content digest, if it has one.
+    ///
+    /// # Errors
+    /// `Corrupt` if they are not those that were encoded.
+    pub fn check_content(&self, digests: &[TensorDigest]) -> Result<()> {
+        let Some(wanted) = self.content else { return Ok(()) };
+        let tensors = self.tensors.iter().zip(digests);
+        let tensors = tensors.filter_map(|(tensor, digest)| Some((tensor.meta.as_ref()?, digest)));
+        let found = ContentDigest::of_tensors(
+            tensors.map(|(meta, digest)| (meta.name(), meta.dtype(), meta.shape(), digest)),
+        );
+        if found == wanted {
+            return Ok(());
+        }
+        Err(Error::corrupt(format!("the file holds weights {wanted}, found {found}"))
+            .with_help("check that the delta's parent is the right one, then copy the file again"))
     }
 
     /// The bytes of all frames.
@@ -212,12 +234,22 @@ pub fn index_range(footer: &[u8], file_len: u64) -> Result<Range<u64>> {
 /// Writes the index of a container whose frames were written in order behind [`MAGIC`].
 #[derive(Debug)]
 pub struct ContainerWriter {
-    head: Vec<u8>,
-    body: Vec<u8>,
+    codec: CodecId,
     unit: Unit,
-    /// The tensors so far, with the length of the prefix that each shares with the one before.
-    tensors: Vec<(TensorMeta, usize)>,
+    parent: Option<ContentDigest>,
+    body: Vec<u8>,
+    /// The tensors so far.
+    tensors: Vec<Written>,
     position: u64,
+}
+
+/// A tensor whose frames are written.
+#[derive(Debug)]
+struct Written {
+    meta: TensorMeta,
+    digest: TensorDigest,
+    /// The length of the prefix that its name shares with that of the tensor before.
+    shared: usize,
 }
 
 impl ContainerWriter {
@@ -225,22 +257,18 @@ impl ContainerWriter {
     /// [`MAGIC`] first.
     #[must_use]
     pub fn new(codec: &CodecId, unit: Unit, parent: Option<&ContentDigest>) -> Self {
-        let mut head = Vec::new();
-        // A codec id has at most 32 bytes.
-        head.push(u8::try_from(codec.as_str().len()).unwrap_or(u8::MAX));
-        head.extend_from_slice(codec.as_str().as_bytes());
-        head.push(u8::from(parent.is_some()));
-        head.extend(parent.into_iter().flat_map(|digest| digest.as_bytes()));
-        let size = match unit {
-            Unit::Whole => 0,
-            Unit::Block(size) => size.get() as u64,
-        };
-        put(&mut head, size);
-        Self { head, body: Vec::new(), unit, tensors: Vec::new(), position: MAGIC.len() as u64 }
+        Self {
+            codec: codec.clone(),
+            unit,
+            parent: parent.copied(),
+            body: Vec::new(),
+            tensors: Vec::new(),
+            position: MAGIC.len() as u64,
+        }
     }
 
-    /// Records one tensor, whose frames of the given lengths the caller has written; `checks` are those of its units
-    /// if there are several. Tensors come sorted by name.
+    /// Records one tensor, whose frames of the given lengths the caller has written; `checks` are those of its units.
+    /// Tensors come sorted by name.
     ///
     /// # Errors
     /// `Invalid` if the name does not sort behind the one before; `Internal` if there are not as many frames or
@@ -252,12 +280,12 @@ impl ContainerWriter {
         frames: &[usize],
         checks: &[u32],
     ) -> Result<()> {
-        let last = self.tensors.last().map_or("", |(last, _)| last.name());
+        let last = self.tensors.last().map_or("", |last| last.meta.name());
         if !self.tensors.is_empty() && meta.name() <= last {
             return Err(Error::invalid(format!("tensor {} is out of order", shown(meta.name()))));
         }
         let units = self.unit.ranges(meta.byte_len()).len();
-        if frames.len() != units || checks.len() != if units > 1 { units } else { 0 } {
+        if frames.len() != units || checks.len() != units {
             return Err(Error::internal(format!(
                 "tensor {} has {units} units, {} frames and {} checks",
                 shown(meta.name()),
@@ -266,10 +294,10 @@ impl ContainerWriter {
             )));
         }
         let shared = last.bytes().zip(meta.name().bytes()).take_while(|(left, right)| left == right).count();
-        let same = |(other, prefix): &(TensorMeta, usize)| {
-            other.dtype() == meta.dtype()
-                && other.shape() == meta.shape()
-                && other.name().as_bytes().get(*prefix..) == meta.name().as_bytes().get(shared..)
+        let same = |other: &Written| {
+            other.meta.dtype() == meta.dtype()
+                && other.meta.shape() == meta.shape()
+                && other.meta.name().as_bytes().get(other.shared..) == meta.name().as_bytes().get(shared..)
         };
         put(&mut self.body, shared as u64);
         let back = self.tensors.iter().rev().take(MAX_BACK).position(same).map_or(0, |back| back + 1);
@@ -284,20 +312,34 @@ impl ContainerWriter {
                 put(&mut self.body, dimension as u64);
             }
         }
-        self.body.extend_from_slice(digest.as_bytes());
         for &length in frames {
             put(&mut self.body, length as u64);
             self.position += length as u64;
         }
         self.body.extend(checks.iter().flat_map(|check| check.to_be_bytes()));
-        self.tensors.push((meta.clone(), shared));
+        self.tensors.push(Written { meta: meta.clone(), digest: *digest, shared });
         Ok(())
     }
 
     /// The index and the footer.
     #[must_use]
     pub fn finish(self) -> Vec<u8> {
-        let mut bytes = self.head;
+        let mut bytes = Vec::new();
+        // A codec id has at most 32 bytes.
+        bytes.push(u8::try_from(self.codec.as_str().len()).unwrap_or(u8::MAX));
+        bytes.extend_from_slice(self.codec.as_str().as_bytes());
+        bytes.push(u8::from(self.parent.is_some()));
+        let tensors = self.tensors.iter().map(|Written { meta, digest, .. }| (meta, digest));
+        let content = ContentDigest::of_tensors(
+            tensors.map(|(meta, digest)| (meta.name(), meta.dtype(), meta.shape(), digest)),
+        );
+        bytes.extend_from_slice(content.as_bytes());
+        bytes.extend(self.parent.iter().flat_map(ContentDigest::as_bytes));
+        let size = match self.unit {
+            Unit::Whole => 0,
+            Unit::Block(size) => size.get() as u64,
+        };
+        put(&mut bytes, size);
         put(&mut bytes, self.tensors.len() as u64);
         bytes.extend_from_slice(&self.body);
         let (length, checksum) = (bytes.len() as u64, XxHash3_64::oneshot(&bytes));
@@ -309,14 +351,11 @@ impl ContainerWriter {
     }
 }
 
-/// The checks of a tensor of these bytes cut into units: none if it is one.
+/// The checks of a tensor of these bytes cut into units.
 #[must_use]
 pub fn unit_checks(unit: Unit, data: &[u8]) -> Vec<u32> {
-    let ranges = unit.ranges(data.len());
-    match ranges.len() {
-        0 | 1 => Vec::new(),
-        _ => ranges.filter_map(|range| data.get(range)).map(|part| TensorDigest::of(part).check()).collect(),
-    }
+    let parts = unit.ranges(data.len()).filter_map(|range| data.get(range));
+    parts.map(|part| TensorDigest::of(part).check()).collect()
 }
 
 fn dtype_code(dtype: DType) -> u8 {
@@ -416,7 +455,6 @@ impl<'a> Reader<'a> {
             }
         };
         let meta = meta.map_err(|error| bad(error.message()))?;
-        let digest = TensorDigest::from_bytes(self.array()?);
         let count = unit.ranges(meta.byte_len()).len();
         // Each frame's length takes at least one byte of the index.
         if count > self.bytes.len() {
@@ -429,20 +467,9 @@ impl<'a> Reader<'a> {
             frames.push(*position..end);
             *position = end;
         }
-        let checks = match count {
-            0 | 1 => Vec::new(),
-            _ => (0..count).map(|_| Ok(u32::from_be_bytes(self.array()?))).collect::<Result<_>>()?,
-        };
+        let checks = (0..count).map(|_| Ok(u32::from_be_bytes(self.array()?))).collect::<Result<_>>()?;
         let name = meta.name().to_owned();
-        Ok(EncodedTensor {
-            name,
-            meta: Some(meta),
-            unit,
-            frames,
-            digest: Some(digest),
-            checksum: None,
-            checks,
-        })
+        Ok(EncodedTensor { name, meta: Some(meta), unit, frames, checksum: None, checks })
     }
 }
 
@@ -460,7 +487,7 @@ mod tests {
             let meta = TensorMeta::new(name, DType::U8, [length]).unwrap();
             let data = vec![7; length];
             let frames: Vec<usize> = unit.ranges(length).map(|range| range.len()).collect();
-            let checks = if frames.len() > 1 { vec![5; frames.len()] } else { Vec::new() };
+            let checks = vec![5; frames.len()];
             writer.tensor(&meta, &TensorDigest::of(&data), &frames, &checks).unwrap();
             file.extend_from_slice(&data);
         }
@@ -498,7 +525,7 @@ mod tests {
         let prefix = "p".repeat(4000);
         for number in 0..1000 {
             let meta = TensorMeta::new(format!("{prefix}{number:04}"), DType::U8, [0]).unwrap();
-            writer.tensor(&meta, &TensorDigest::of(b""), &[0], &[]).unwrap();
+            writer.tensor(&meta, &TensorDigest::of(b""), &[0], &[5]).unwrap();
         }
         let file = Bytes::from([MAGIC.to_vec(), writer.finish()].concat());
         assert!(ShardIndex::read(&file).unwrap_err().message().contains("blow"));
@@ -508,7 +535,7 @@ mod tests {
     fn names_come_sorted() {
         let mut writer = ContainerWriter::new(&CodecId::of("raw"), Unit::Whole, None);
         let meta = |name| TensorMeta::new(name, DType::U8, [0]).unwrap();
-        writer.tensor(&meta("b"), &TensorDigest::of(b""), &[0], &[]).unwrap();
-        assert!(writer.tensor(&meta("a"), &TensorDigest::of(b""), &[0], &[]).is_err());
+        writer.tensor(&meta("b"), &TensorDigest::of(b""), &[0], &[5]).unwrap();
+        assert!(writer.tensor(&meta("a"), &TensorDigest::of(b""), &[0], &[5]).is_err());
     }
 }

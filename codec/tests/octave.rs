@@ -153,7 +153,9 @@ fn open(file: &Bytes, parent: &Weights) -> Result<Vec<Vec<u8>>> {
         index.tensors.iter().zip(&frames).zip(&mut targets).map(|((tensor, frames), target)| {
             Decode::new(tensor.meta.as_ref().unwrap(), tensor, frames, target)
         });
-    pipeline::decode_all(&Octave::default(), index.mode, decodes.collect(), NonZeroUsize::MIN)?;
+    let codec = Octave::default();
+    let digests = pipeline::decode_all(&codec, index.mode, decodes.collect(), NonZeroUsize::MIN)?;
+    index.check_content(&digests.into_iter().flatten().collect::<Vec<_>>())?;
     Ok(targets)
 }
 

@@ -102,8 +102,9 @@ impl<S: ByteSource> ShardReader<S> {
         &self.index
     }
 
-    /// Decodes the tensor called `name` on at most `threads` threads and checks the result against the file's digest
-    /// or checksum. For a delta, `target` holds the parent's bytes; for a base, anything.
+    /// Decodes the tensor called `name` on at most `threads` threads and checks the result against the file's checks
+    /// or checksum. For a delta, `target` holds the parent's bytes; for a base, anything. Answers the result's digest,
+    /// if the file has checks: those of all tensors are for [`ShardIndex::check_content`].
     ///
     /// # Errors
     /// `NotFound` for another name; `ChainMismatch` if `target` or `meta` is not as the file says; `Corrupt` if a
@@ -115,7 +116,7 @@ impl<S: ByteSource> ShardReader<S> {
         meta: &TensorMeta,
         target: &mut Vec<u8>,
         threads: NonZeroUsize,
-    ) -> Result<()> {
+    ) -> Result<Option<TensorDigest>> {
         let tensor = self.index.get(name).ok_or_else(|| {
             Error::not_found(format!("tensor `{name}` is not in the file"))
                 .with_help("give the file that was made for these weights")
@@ -176,7 +177,7 @@ pub(crate) fn check_meta(tensor: &EncodedTensor, meta: &TensorMeta) -> Result<()
     }
 }
 
-/// Decodes one tensor and checks it against what its file says.
+/// Decodes one tensor and checks it against what its file says. Answers its digest, if that was made.
 pub(crate) fn decode_checked(
     codec: &dyn Codec,
     meta: &TensorMeta,
@@ -185,8 +186,10 @@ pub(crate) fn decode_checked(
     frames: &[Bytes],
     target: &mut [u8],
     threads: NonZeroUsize,
-) -> Result<()> {
-    pipeline::decode_all(codec, mode, vec![Decode::new(meta, tensor, frames, target)], threads)
+) -> Result<Option<TensorDigest>> {
+    let digests =
+        pipeline::decode_all(codec, mode, vec![Decode::new(meta, tensor, frames, target)], threads)?;
+    Ok(digests.into_iter().next().flatten())
 }
 
 /// Collects what all forms of a file tell of their tensors.

@@ -36,7 +36,9 @@ impl<'a> Decode<'a> {
     }
 }
 
-/// Decodes tensors in place, and checks each unit and each tensor while it is in the cache.
+/// Decodes tensors in place, and checks each unit while it is in the cache. Answers the digest of each tensor as it was
+/// decoded, for the caller to compare with a manifest or [`ShardIndex::check_content`](crate::shard::ShardIndex); `None`
+/// where the file has the codec's checksum instead, which is checked here.
 ///
 /// # Errors
 /// `Corrupt`, naming the tensor and the byte where the unit begins, if a frame is bad or the result is not what the
@@ -46,7 +48,7 @@ pub fn decode_all(
     mode: Mode,
     tensors: Vec<Decode<'_>>,
     threads: NonZeroUsize,
-) -> Result<()> {
+) -> Result<Vec<Option<TensorDigest>>> {
     let mut jobs = Vec::new();
     let mut blocks = Vec::new();
     let mut ends = Vec::new();
@@ -91,7 +93,7 @@ pub fn decode_all(
             }
         }
         let checksum = encoded.checksum.and_then(|_| codec.checksum(part));
-        let digests = if encoded.digest.is_some() { block_digests(part) } else { Vec::new() };
+        let digests = if encoded.checksum.is_none() { block_digests(part) } else { Vec::new() };
         if frames.len() == 1
             && let Some(&check) = encoded.checks.get(*first)
             && TensorDigest::of_blocks(digests.iter().copied()).check() != check
@@ -104,6 +106,7 @@ pub fn decode_all(
     })?;
     let mut blocks = blocks.into_iter();
     let mut done = 0;
+    let mut answer = Vec::with_capacity(ends.len());
     for (meta, encoded, end) in ends {
         let (mut digests, mut checksum) = (Vec::new(), None);
         for slot in blocks.by_ref().take(end - done) {
@@ -112,15 +115,12 @@ pub fn decode_all(
             checksum = sum;
         }
         done = end;
-        let wrong = |what: &str| Err(mismatch(what).context(format_args!("tensor `{}`", meta.name())));
         if encoded.checksum.is_some_and(|wanted| checksum != Some(wanted)) {
-            return wrong("checksum");
+            return Err(mismatch("checksum").context(format_args!("tensor `{}`", meta.name())));
         }
-        if encoded.digest.is_some_and(|wanted| TensorDigest::of_blocks(digests) != wanted) {
-            return wrong("digest");
-        }
+        answer.push(encoded.checksum.is_none().then(|| TensorDigest::of_blocks(digests)));
     }
-    Ok(())
+    Ok(answer)
 }
 
 fn mismatch(what: &str) -> Error {

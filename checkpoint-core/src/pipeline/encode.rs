@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use bytes::Bytes;
 
-use super::{Limits, poisoned, run, spans, units};
+use super::{Limits, poisoned, run, spans};
 use crate::digest::BlockHasher;
 use crate::id::shown;
 use crate::tensor::same_tensors;
@@ -17,7 +17,7 @@ use crate::{Codec, Error, Result, TensorDigest, TensorMeta, TensorSource, Unit, 
 pub struct Encoded {
     /// The frame of each unit.
     pub frames: Vec<Vec<u8>>,
-    /// The check of each unit's new bytes, where the tensor has more units than one.
+    /// The check of each unit's new bytes.
     pub checks: Vec<u32>,
     /// What is known of the tensor as a whole, with its last units. Tensors larger than the window come in parts.
     pub whole: Option<Summary>,
@@ -162,7 +162,6 @@ impl Job<'_> {
             )));
         }
         let mut done = Done::default();
-        let checked = units(codec.unit(), self.meta) > 1;
         // A span of one unit has its check from the digests of its blocks.
         let several = codec.unit().ranges(self.range.len()).len() > 1;
         let (mut hasher, mut parent_hasher) = (BlockHasher::default(), BlockHasher::default());
@@ -191,12 +190,12 @@ impl Job<'_> {
             // The buffer grew by doubling; many frames wait to be written.
             frame.shrink_to_fit();
             done.frames.push(frame);
-            if checked && several {
+            if several {
                 done.checks.push(TensorDigest::of(current).check());
             }
         }
         done.blocks = hasher.finish();
-        if checked && !several {
+        if done.frames.len() == 1 {
             done.checks.push(TensorDigest::of_blocks(done.blocks.iter().copied()).check());
         }
         done.parent_blocks = pair.parent.as_ref().map(|_| parent_hasher.finish());

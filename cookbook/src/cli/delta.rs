@@ -184,19 +184,27 @@ fn apply(options: &Apply, output: &Output) -> Result<()> {
         };
         let mut writer = create(&target)?;
         let order = layout(&metas);
-        let ordered: Vec<TensorMeta> = order.iter().filter_map(|&index| metas.get(index).cloned()).collect();
-        let header = Header::encode(&ordered, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
+        let ordered: Vec<(usize, &TensorMeta)> =
+            order.into_iter().filter_map(|index| Some((index, metas.get(index)?))).collect();
+        let plain: Vec<TensorMeta> = ordered.iter().map(|(_, meta)| (*meta).clone()).collect();
+        let mut digests = Vec::with_capacity(ordered.len());
+        let header = Header::encode(&plain, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
         let failed = |error| unwritable(&options.output, error);
         writer.write_all(&header).map_err(failed)?;
-        for meta in &ordered {
+        for (index, meta) in ordered {
             let mut bytes = match &old {
                 None => vec![0; meta.byte_len()],
                 Some(old) => old.read(position(old.tensors(), meta.name()).unwrap_or(usize::MAX))?.to_vec(),
             };
-            reader.decode_tensor(codec.as_ref(), meta.name(), meta, &mut bytes, limits.threads)?;
+            let digest =
+                reader.decode_tensor(codec.as_ref(), meta.name(), meta, &mut bytes, limits.threads)?;
+            digests.extend(digest.map(|digest| (index, digest)));
             writer.write_all(&bytes).map_err(failed)?;
             progress.add(bytes.len() as u64);
         }
+        digests.sort_unstable_by_key(|(index, _)| *index);
+        let digests: Vec<_> = digests.into_iter().map(|(_, digest)| digest).collect();
+        reader.index().check_content(&digests).map_err(|error| error.context(file.display()))?;
         finish(writer, &target)?;
     }
     if seen != parent.tensors().len() {
@@ -232,7 +240,7 @@ fn inspect(options: &Inspect, output: &Output) -> Result<()> {
                     "dtype": tensor.meta.as_ref().map(|meta| meta.dtype().as_str()),
                     "shape": tensor.meta.as_ref().map(TensorMeta::shape),
                     "bytes": bytes, "frames": tensor.frames.len(),
-                    "digest": tensor.digest.map(|digest| digest.to_string()), "checksum": tensor.checksum,
+                    "checksum": tensor.checksum,
                 })
             })
             .collect();
@@ -246,6 +254,7 @@ fn inspect(options: &Inspect, output: &Output) -> Result<()> {
         }
         files.push(json!({
             "file": file, "codec": codec.id().as_str(), "mode": index.mode, "payload_bytes": index.payload_len(),
+            "content": index.content.map(|digest| digest.to_string()),
             "parent": index.parent.map(|digest| digest.to_string()), "tensors": tensors,
         }));
     }

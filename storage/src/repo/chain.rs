@@ -8,8 +8,8 @@ use bytes::{Bytes, BytesMut};
 use towline_core::safetensors::{Header, MAX_HEADER};
 use towline_core::shard::{EncodedTensor, FOOTER_LEN, MAGIC, ShardIndex, index_range};
 use towline_core::{
-    Codec, Error, FileEntry, Manifest, Mode, ObjectKey, Result, SnapshotKind, TensorDigest, TensorEntry,
-    TensorMeta,
+    Codec, ContentDigest, Error, FileEntry, Manifest, Mode, ObjectKey, Result, SnapshotKind, TensorDigest,
+    TensorEntry, TensorMeta,
 };
 
 use super::info::SnapshotInfo;
@@ -119,14 +119,24 @@ impl Link {
     fn check(&self) -> Result<()> {
         let mode = if self.info.kind == SnapshotKind::Delta { Mode::Delta } else { Mode::Base };
         let damaged = |error: Error| Error::corrupt(format!("{}: {}", self.info.id, error.message()));
-        for (_, index) in self.files.iter().flatten() {
-            if let FileIndex::Encoded(index) = index
-                && (index.mode != mode || index.codec.is_some() && index.codec != self.manifest.codec)
-            {
+        for (number, file) in self.files.iter().enumerate() {
+            let Some((_, FileIndex::Encoded(index))) = file else { continue };
+            if index.mode != mode || index.codec.is_some() && index.codec != self.manifest.codec {
                 return Err(Error::corrupt(format!(
                     "{}: the manifest says {mode:?} in {:?}, a file says {:?} in {:?}",
                     self.info.id, self.manifest.codec, index.mode, index.codec
                 )));
+            }
+            let tensors = self.manifest.tensors.iter().filter(|entry| entry.file == number);
+            let content = ContentDigest::of_tensors(
+                tensors.map(|entry| (entry.name.as_str(), entry.dtype, entry.shape.as_slice(), &entry.digest)),
+            );
+            if index.content.is_some_and(|found| found != content) {
+                return Err(Error::corrupt(format!(
+                    "{}: file {number} holds other weights than the manifest says",
+                    self.info.id
+                ))
+                .with_help("restore another snapshot"));
             }
         }
         for (entry, meta) in self.manifest.tensors.iter().zip(&self.metas) {
@@ -139,9 +149,6 @@ impl Link {
                 (_, FileIndex::Encoded(index)) => {
                     let tensor = index.get(&entry.name).ok_or_else(|| self.misplaced(entry))?;
                     check_meta(tensor, meta).map_err(damaged)?;
-                    if tensor.digest.is_some_and(|digest| digest != entry.digest) {
-                        return Err(self.misplaced(entry));
-                    }
                 }
             }
         }
@@ -181,10 +188,8 @@ impl Link {
                 let (meta, tensor, mode, digest) = (meta.clone(), tensor.clone(), index.mode, entry.digest);
                 let decoded = blocking(move || {
                     let mut target = target;
-                    decode_checked(&codec, &meta, mode, &tensor, &frames, &mut target, threads)?;
-                    if tensor.digest.is_none() {
-                        check(&target, digest, &meta)?;
-                    }
+                    let found = decode_checked(&codec, &meta, mode, &tensor, &frames, &mut target, threads)?;
+                    same(found.unwrap_or_else(|| TensorDigest::of(&target)), digest, &meta)?;
                     Ok(target)
                 });
                 decoded.await.map_err(context)
@@ -268,14 +273,14 @@ async fn exact(ops: &Ops, key: &ObjectKey, range: Range<u64>) -> Result<Bytes> {
 async fn checked(data: BytesMut, digest: TensorDigest, meta: &TensorMeta) -> Result<BytesMut> {
     // A thread costs more than the digest of a small tensor.
     if data.len() <= towline_core::DIGEST_BLOCK {
-        return check(&data, digest, meta).map(|()| data);
+        return same(TensorDigest::of(&data), digest, meta).map(|()| data);
     }
     let meta = meta.clone();
-    blocking(move || check(&data, digest, &meta).map(|()| data)).await
+    blocking(move || same(TensorDigest::of(&data), digest, &meta).map(|()| data)).await
 }
 
-fn check(data: &[u8], digest: TensorDigest, meta: &TensorMeta) -> Result<()> {
-    if TensorDigest::of(data) == digest {
+fn same(found: TensorDigest, wanted: TensorDigest, meta: &TensorMeta) -> Result<()> {
+    if found == wanted {
         return Ok(());
     }
     Err(Error::corrupt(format!("tensor `{}` does not match its digest", meta.name()))

@@ -63,7 +63,8 @@ pub(crate) fn decode_all(
     let tensors = metas.iter().zip(&found).zip(targets);
     let tensors = tensors.map(|((meta, (tensor, frames)), target)| Decode::new(meta, tensor, frames, target));
     let threads = NonZeroUsize::new(threads).unwrap_or(NonZeroUsize::MIN);
-    pipeline::decode_all(codec, index.mode, tensors.collect(), threads)
+    let digests = pipeline::decode_all(codec, index.mode, tensors.collect(), threads)?;
+    index.check_content(&digests.into_iter().flatten().collect::<Vec<_>>())
 }
 
 fn slice(file: &Bytes, range: &Range<u64>) -> Option<Bytes> {
