@@ -1,13 +1,6 @@
-//! Bits, least significant first, and the two codes for numbers: Rice and Exp-Golomb.
+//! Bits, least significant first, and Exp-Golomb codes.
 
 use towline_core::{Error, Result};
-
-/// The longest unary part of a Rice code. What is above goes into an Exp-Golomb code behind it.
-const MAX_UNARY: u32 = 24;
-/// The order of that Exp-Golomb code.
-const TAIL_ORDER: u32 = 4;
-/// The largest parameter of a Rice code, so that a code without tail fits one read.
-pub(super) const MAX_RICE: u32 = 31;
 
 /// Appends bits to bytes.
 #[derive(Debug)]
@@ -58,59 +51,24 @@ impl<'a> BitWriter<'a> {
         self.put_wide(value & low(order), order);
     }
 
-    /// Rice: `value >> order` in unary (zeros, then a one), then the low `order` bits.
-    #[inline]
-    pub(super) fn rice(&mut self, value: u64, order: u32) {
-        let head = value >> order;
-        if head < u64::from(MAX_UNARY) {
-            // At most 24 + 31 bits.
-            self.put_wide((1 | (value & low(order)) << 1) << head, head as u32 + 1 + order);
-        } else {
-            self.put(1 << MAX_UNARY, MAX_UNARY + 1);
-            self.exp_golomb(head - u64::from(MAX_UNARY), TAIL_ORDER);
-            self.put_wide(value & low(order), order);
-        }
-    }
-
     /// Appends the whole bytes that are pending; returns what is left and how many bits that is, at most 7.
     #[inline]
-    fn take_bytes(&mut self) -> (u64, u32) {
+    pub(super) fn take_bytes(&mut self) -> (u64, u32) {
         let bytes = (self.fill >> 3) as usize;
         self.out.extend_from_slice(self.pending.to_le_bytes().get(..bytes).unwrap_or_default());
         (self.pending >> (self.fill & 56), self.fill & 7)
     }
 
-    /// A Rice code for each number. Faster than one by one.
-    #[inline(always)]
-    pub(super) fn rice_each(&mut self, numbers: impl Iterator<Item = u64>, order: u32) {
-        // Whole bytes go into `room`, and from there to `out` as soon as eight more might not fit.
-        let mut room = [0; 1024];
-        let mut used = 0;
-        let (mut pending, mut fill) = self.take_bytes();
-        for number in numbers {
-            let head = number >> order;
-            if used > room.len() - 16 || head >= u64::from(MAX_UNARY) {
-                self.out.extend_from_slice(&room[..used]);
-                used = 0;
-            }
-            if head >= u64::from(MAX_UNARY) {
-                (self.pending, self.fill) = (pending, fill);
-                self.rice(number, order);
-                (pending, fill) = self.take_bytes();
-                continue;
-            }
-            // At most 7 bits, and 24 + 31 more.
-            pending |= (1 | (number & low(order)) << 1) << head << fill;
-            fill += head as u32 + 1 + order;
-            if let Some(place) = room[used..].first_chunk_mut() {
-                *place = pending.to_le_bytes();
-            }
-            used += (fill >> 3) as usize;
-            pending >>= fill & 56;
-            fill &= 7;
-        }
-        self.out.extend_from_slice(&room[..used]);
+    /// Goes on behind what [`BitWriter::take_bytes`] left, if that was changed.
+    #[inline]
+    pub(super) fn set_pending(&mut self, pending: u64, fill: u32) {
         (self.pending, self.fill) = (pending, fill);
+    }
+
+    /// Appends bytes behind those that [`BitWriter::take_bytes`] appended.
+    #[inline]
+    pub(super) fn append(&mut self, bytes: &[u8]) {
+        self.out.extend_from_slice(bytes);
     }
 
     /// Fills the last byte with zeros.
@@ -141,7 +99,7 @@ impl<'a> BitReader<'a> {
 
     /// At least the next 57 bits.
     #[inline]
-    fn peek(&self) -> u64 {
+    pub(super) fn peek(&self) -> u64 {
         let at = self.position >> 3;
         let word = match self.bytes.get(at..).and_then(|rest| rest.first_chunk::<8>()) {
             Some(word) => u64::from_le_bytes(*word),
@@ -199,29 +157,9 @@ impl<'a> BitReader<'a> {
         u64::try_from(value).map_err(|_| too_large())
     }
 
-    /// One Rice code. `order` is at most [`MAX_RICE`].
     #[inline]
-    pub(super) fn rice(&mut self, order: u32) -> Result<u64> {
-        let word = self.peek();
-        let head = word.trailing_zeros();
-        if head < MAX_UNARY {
-            self.position += (head + 1 + order) as usize;
-            return Ok(u64::from(head) << order | (word >> (head + 1)) & low(order));
-        }
-        self.rice_tail(head, order)
-    }
-
-    #[cold]
-    fn rice_tail(&mut self, head: u32, order: u32) -> Result<u64> {
-        if head != MAX_UNARY {
-            return Err(Error::corrupt("a code has no end"));
-        }
-        self.position += MAX_UNARY as usize + 1;
-        let head = self.exp_golomb(TAIL_ORDER)?.checked_add(u64::from(MAX_UNARY)).ok_or_else(too_large)?;
-        if head.leading_zeros() < order {
-            return Err(too_large());
-        }
-        Ok(head << order | self.take_wide(order))
+    pub(super) fn skip(&mut self, count: u32) {
+        self.position += count as usize;
     }
 
     /// The bytes behind the one that holds the last bit taken.
@@ -248,7 +186,7 @@ impl<'a> BitReader<'a> {
     }
 }
 
-fn too_large() -> Error {
+pub(super) fn too_large() -> Error {
     Error::corrupt("a number has more than 64 bits")
 }
 
@@ -263,10 +201,8 @@ mod tests {
         numbers.extend((0..64).map(|shift| 1 << shift));
         let mut out = vec![9];
         let mut writer = BitWriter::new(&mut out);
-        writer.rice_each(numbers.iter().copied(), 3);
         for &number in &numbers {
-            for order in [0, 1, 5, 12, MAX_RICE] {
-                writer.rice(number, order);
+            for order in [0, 1, 5, 12, 31] {
                 writer.exp_golomb(number, order);
             }
             writer.put_wide(number, 64);
@@ -274,11 +210,7 @@ mod tests {
         writer.finish();
         let mut reader = BitReader::new(&out[1..]);
         for &number in &numbers {
-            assert_eq!(reader.rice(3).unwrap(), number);
-        }
-        for &number in &numbers {
-            for order in [0, 1, 5, 12, MAX_RICE] {
-                assert_eq!(reader.rice(order).unwrap(), number, "{order}");
+            for order in [0, 1, 5, 12, 31] {
                 assert_eq!(reader.exp_golomb(order).unwrap(), number, "{order}");
             }
             assert_eq!(reader.take_wide(64), number);
@@ -286,16 +218,14 @@ mod tests {
         reader.finish().unwrap();
         for length in 1..out.len() {
             let mut reader = BitReader::new(&out[1..length]);
-            let each = numbers.iter().try_for_each(|_| reader.rice(3).map(drop));
             let whole = numbers.iter().try_for_each(|_| {
-                for order in [0, 1, 5, 12, MAX_RICE] {
-                    reader.rice(order)?;
+                for order in [0, 1, 5, 12, 31] {
                     reader.exp_golomb(order)?;
                 }
                 reader.take_wide(64);
                 Ok::<_, Error>(())
             });
-            assert!(each.and(whole).and_then(|()| reader.finish()).is_err(), "{length}");
+            assert!(whole.and_then(|()| reader.finish()).is_err(), "{length}");
         }
     }
 }

@@ -14,6 +14,7 @@ mod bits;
 mod classes;
 mod dense;
 mod elem;
+mod golomb;
 mod numbers;
 mod rans;
 mod simd;

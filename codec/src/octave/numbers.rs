@@ -2,7 +2,8 @@
 
 use towline_core::{Error, Result};
 
-use super::bits::{BitReader, BitWriter, MAX_RICE, low};
+use super::bits::{BitReader, BitWriter, low};
+use super::golomb::{Golomb, MAX_SHIFT};
 use super::tokens::Tokens;
 
 /// The order of the Exp-Golomb code for the numbers listed.
@@ -18,10 +19,10 @@ pub(super) enum Numbers {
     /// All are 0.
     #[default]
     Zero,
-    /// A Rice code for each.
-    Each { order: u32 },
-    /// Those above 0 are listed: their count, the orders of the numbers of zeros before them and of their values.
-    Listed { count: usize, zeros: u32, value: u32 },
+    /// A Golomb code for each.
+    Each(Golomb),
+    /// Those above 0 are listed: their count, the divisors of the numbers of zeros before them and of their values.
+    Listed { count: usize, zeros: Golomb, value: Golomb },
     /// As many bits for each.
     Fixed { bits: u32 },
     /// A token for each, entropy-coded apart, and its low bits.
@@ -40,18 +41,18 @@ pub(super) fn best(
     if some == 0 {
         return (Numbers::Zero, 0);
     }
-    let (order, each) = rice_for(count, &numbers);
-    let mut best = (Numbers::Each { order }, each);
+    let (divisor, each) = Golomb::best(count, &numbers);
+    let mut best = (Numbers::Each(divisor), each);
     if some * 2 < count {
-        let (zeros, places) = rice_for(some, &runs(above.clone()).map(|(run, _)| run));
-        let (value, values) = rice_for(some, &above.map(|(_, number)| number - 1));
+        let (zeros, places) = Golomb::best(some, &runs(above.clone()).map(|(run, _)| run));
+        let (value, values) = Golomb::best(some, &above.map(|(_, number)| number - 1));
         if places + values + LISTED_BITS < best.1 {
             best = (Numbers::Listed { count: some, zeros, value }, places + values + LISTED_BITS);
         }
     } else {
         let bits = 64 - numbers.fold(0, |all, number| all | number).leading_zeros();
         let fixed = u64::from(bits) * count as u64;
-        if bits <= MAX_RICE && fixed < best.1 {
+        if bits <= MAX_SHIFT && fixed < best.1 {
             best = (Numbers::Fixed { bits }, fixed);
         }
     }
@@ -77,12 +78,12 @@ impl Numbers {
             Self::Listed { count, zeros, value } => {
                 bits.put(1, 2);
                 bits.exp_golomb(count as u64, LISTED_ORDER);
-                bits.exp_golomb(u64::from(zeros), 1);
-                bits.exp_golomb(u64::from(value), 0);
+                bits.exp_golomb(u64::from(zeros.order()), 2);
+                bits.exp_golomb(u64::from(value.order()), 1);
             }
-            Self::Each { order } => {
+            Self::Each(divisor) => {
                 bits.put(0b0011, 3 + u32::from(coded));
-                bits.exp_golomb(u64::from(order), 1);
+                bits.exp_golomb(u64::from(divisor.order()), 2);
             }
             Self::Fixed { bits: count } => {
                 bits.put(0b0111, 3 + u32::from(coded));
@@ -104,19 +105,23 @@ impl Numbers {
             if count > numbers {
                 return Err(Error::corrupt(format!("{count} of {numbers} numbers are listed")));
             }
-            let zeros = rice_parameter(bits.exp_golomb(1)?)?;
             return Ok(Self::Listed {
                 count: count as usize,
-                zeros,
-                value: rice_parameter(bits.exp_golomb(0)?)?,
+                zeros: Golomb::new(bits.exp_golomb(2)?)?,
+                value: Golomb::new(bits.exp_golomb(1)?)?,
             });
         }
         let form = bits.take(1 + u32::from(coded));
-        let order = rice_parameter(bits.exp_golomb(1)?)?;
+        if form == 0 {
+            return Ok(Self::Each(Golomb::new(bits.exp_golomb(2)?)?));
+        }
+        let length = bits.exp_golomb(1)?;
+        let length = u32::try_from(length).ok().filter(|&length| length <= MAX_SHIFT).ok_or_else(|| {
+            Error::corrupt(format!("numbers of {} bits, above {MAX_SHIFT}", length.cast_signed()))
+        })?;
         match form {
-            0 => Ok(Self::Each { order }),
-            1 => Ok(Self::Fixed { bits: order }),
-            2 => Ok(Self::Coded { shift: order }),
+            1 => Ok(Self::Fixed { bits: length }),
+            2 => Ok(Self::Coded { shift: length }),
             _ => Err(Error::corrupt("a form of numbers is unknown")),
         }
     }
@@ -132,11 +137,11 @@ pub(super) fn write_numbers(
 ) {
     match form {
         Numbers::Zero => {}
-        Numbers::Each { order } => bits.rice_each(numbers, order),
+        Numbers::Each(divisor) => bits.golomb_each(numbers, divisor),
         Numbers::Fixed { bits: count } => numbers.for_each(|number| bits.put(number, count)),
         Numbers::Listed { zeros, value, .. } => runs(above).for_each(|(run, number)| {
-            bits.rice(run, zeros);
-            bits.rice(number - 1, value);
+            bits.golomb(run, zeros);
+            bits.golomb(number - 1, value);
         }),
         Numbers::Coded { shift } => numbers.for_each(|number| {
             let extra = MAGNITUDE_TOKENS.extra_bits(MAGNITUDE_TOKENS.of(number >> shift));
@@ -144,30 +149,6 @@ pub(super) fn write_numbers(
             bits.put_wide(MAGNITUDE_TOKENS.extra(number >> shift, extra), extra);
         }),
     }
-}
-
-/// The best Rice parameter for `count` numbers, of which zeros may be left out, and about the bits that they take.
-#[inline(always)]
-fn rice_for(count: usize, numbers: &(impl Iterator<Item = u64> + Clone)) -> (u32, u64) {
-    let count = count as u64;
-    // A few wild numbers go into tails and must not decide.
-    let sum: u64 = numbers.clone().map(|number| number.min(1 << 32)).sum();
-    let middle = (sum / count.max(1) + 1).ilog2().min(MAX_RICE);
-    let below = middle.saturating_sub(1);
-    let (mut heads, mut heads_below) = (0, 0);
-    for number in numbers.clone() {
-        heads += (number >> middle).min(64);
-        heads_below += (number >> below).min(64);
-    }
-    let (cost, cost_below) =
-        (count * u64::from(1 + middle) + heads, count * u64::from(1 + below) + heads_below);
-    if cost_below <= cost { (below, cost_below) } else { (middle, cost) }
-}
-
-pub(super) fn rice_parameter(order: u64) -> Result<u32> {
-    u32::try_from(order).ok().filter(|&order| order <= MAX_RICE).ok_or_else(|| {
-        Error::corrupt(format!("a Rice parameter is {}, above {MAX_RICE}", order.cast_signed()))
-    })
 }
 
 /// Reads `count` numbers and gives each with its index to `take`.
@@ -181,18 +162,18 @@ pub(super) fn read_numbers(
 ) -> Result<()> {
     match form {
         Numbers::Zero => (0..count).try_for_each(|index| take(index, 0)),
-        Numbers::Each { order } => (0..count).try_for_each(|index| take(index, bits.rice(order)?)),
+        Numbers::Each(divisor) => (0..count).try_for_each(|index| take(index, bits.golomb(divisor)?)),
         Numbers::Fixed { bits: length } => (0..count).try_for_each(|index| take(index, bits.take(length))),
         Numbers::Listed { count: listed, zeros, value } => {
             let mut done = 0;
             for _ in 0..listed {
-                let run = bits.rice(zeros)?;
+                let run = bits.golomb(zeros)?;
                 if run >= (count - done) as u64 {
                     return Err(Error::corrupt("a number is listed behind the last one"));
                 }
                 let index = done + run as usize;
                 (done..index).try_for_each(|index| take(index, 0))?;
-                take(index, bits.rice(value)?.saturating_add(1))?;
+                take(index, bits.golomb(value)?.saturating_add(1))?;
                 done = index + 1;
             }
             (done..count).try_for_each(|index| take(index, 0))

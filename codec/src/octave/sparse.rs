@@ -3,16 +3,17 @@
 
 use towline_core::{Error, Result};
 
-use super::bits::{BitReader, BitWriter, MAX_RICE};
+use super::bits::{BitReader, BitWriter};
 use super::classes::{Census, Classes, MAX};
 use super::elem::Elem;
-use super::numbers::{MAGNITUDE_TOKENS, Numbers, best, read_numbers, rice_parameter, write_numbers};
+use super::golomb::{Golomb, MAX_SHIFT};
+use super::numbers::{MAGNITUDE_TOKENS, Numbers, best, read_numbers, write_numbers};
 use super::rans::{self, Chances, DecodeTable, EncodeTable, Words};
 use super::simd::{Instructions, Isa, Kernel, TILE};
 use super::tiles::{Survey, TileMasks};
 
 /// About the bits of a class in the header.
-const CLASS_BITS: f64 = 28.0;
+const CLASS_BITS: f64 = 24.0;
 /// The order of the Exp-Golomb codes for the changes of a class.
 const COUNT_ORDER: u32 = 6;
 /// The order of the Exp-Golomb code for the words of the magnitudes.
@@ -23,8 +24,10 @@ const MEAN_BITS: u32 = 4;
 const CODER_BITS: f64 = 56.0;
 /// A table takes more than this.
 const LEAST_CODED: u64 = 16;
-/// What the first class's Rice parameter is compared with.
-const FIRST_RICE: u32 = 2;
+/// What the order of the first class's divisor is compared with.
+const FIRST_ORDER: u32 = 3;
+/// From octave to octave the chance halves and the gaps double: two orders.
+const OCTAVE: i64 = 2;
 
 /// The changes of a block, class by class.
 #[derive(Debug, Default)]
@@ -171,18 +174,17 @@ impl Kernel for Write<'_> {
         let mut bits = BitWriter::new(out);
         classes.write(&mut bits);
         bits.put(u64::from(coded), 1);
-        let mut last = FIRST_RICE;
+        let mut last = FIRST_ORDER;
         for (list, plan) in lists.iter().zip(&plans) {
             bits.exp_golomb(list.gaps.len() as u64, COUNT_ORDER);
             if list.gaps.is_empty() {
                 continue;
             }
             match plan.gaps {
-                Numbers::Each { order } => {
+                Numbers::Each(divisor) => {
                     bits.put(0, 1);
-                    // From octave to octave the chance halves and the gaps double.
-                    bits.exp_golomb(zigzag(i64::from(order) - i64::from(last) - 1), 0);
-                    last = order;
+                    bits.exp_golomb(zigzag(i64::from(divisor.order()) - i64::from(last) - OCTAVE), 0);
+                    last = divisor.order();
                 }
                 Numbers::Zero | Numbers::Listed { .. } | Numbers::Fixed { .. } | Numbers::Coded { .. } => {
                     bits.put(1, 1);
@@ -276,7 +278,7 @@ impl<'a> List<'a> {
     /// The bits of magnitudes below their tokens.
     fn shift(&self) -> u32 {
         let sum: u64 = self.large.iter().map(|large| large.1.min(1 << 40)).sum();
-        (sum / self.gaps.len().max(1) as u64).max(1).ilog2().saturating_sub(MEAN_BITS - 1).min(MAX_RICE)
+        (sum / self.gaps.len().max(1) as u64).max(1).ilog2().saturating_sub(MEAN_BITS - 1).min(MAX_SHIFT)
     }
 
     /// The chances of the tokens, and how often each comes up.
@@ -322,7 +324,7 @@ impl Header {
         let coded = bits.take(1) == 1;
         let (mut plans, mut tables) = (Vec::with_capacity(MAX), Vec::with_capacity(MAX));
         let mut left = elements as u64;
-        let mut last = FIRST_RICE;
+        let mut last = FIRST_ORDER;
         for _ in 0..classes.count() {
             let count = bits.exp_golomb(COUNT_ORDER)?;
             left = left
@@ -333,9 +335,10 @@ impl Header {
                 continue;
             }
             let gaps = if bits.take(1) == 0 {
-                let order = i64::from(last) + 1 + unzigzag(bits.exp_golomb(0)?.min(1 << 20));
-                last = rice_parameter(order.cast_unsigned())?;
-                Numbers::Each { order: last }
+                let order = i64::from(last) + OCTAVE + unzigzag(bits.exp_golomb(0)?.min(1 << 20));
+                let divisor = Golomb::new(order.cast_unsigned())?;
+                last = divisor.order();
+                Numbers::Each(divisor)
             } else {
                 Numbers::read(bits, false, count)?
             };

@@ -79,15 +79,23 @@ impl<'a> Bits<'a> {
         u64::try_from(head << order | u128::from(self.take(order)?)).map_err(|_| "too large".into())
     }
 
-    fn rice(&mut self, order: u32) -> Result<u64> {
-        let mut head = u64::from(self.zeros()?);
+    fn golomb(&mut self, order: u64) -> Result<u64> {
+        let powers = (1..32).flat_map(|power| [1 << power, 3 << (power - 1)]);
+        let divisor = std::iter::once(1u64).chain(powers).nth(order as usize).ok_or("a divisor")?;
+        let mut head = u128::from(self.zeros()?);
         if head > 24 {
             return Err("a code without end".into());
         }
         if head == 24 {
-            head += self.exp_golomb(4)?;
+            head += u128::from(self.exp_golomb(4)?);
         }
-        Ok(head << order | self.take(order)?)
+        let (mut rest, mut power) = (0, divisor);
+        if divisor % 3 == 0 {
+            power = divisor / 3;
+            rest = if self.take(1)? == 1 { (1 + self.take(1)?) * power } else { 0 };
+        }
+        rest += self.take(power.ilog2())?;
+        u64::try_from(head * u128::from(divisor) + u128::from(rest)).map_err(|_| "too large".into())
     }
 
     fn rest(&mut self) -> Result<&'a [u8]> {
@@ -191,8 +199,8 @@ fn value(token: u8, direct: u64, bits: &mut Bits<'_>) -> Result<u64> {
 #[derive(Clone, Copy, Debug)]
 enum Numbers {
     Zero,
-    Listed(u64, u32, u32),
-    Each(u32),
+    Listed(u64, u64, u64),
+    Each(u64),
     Fixed(u32),
     Coded(u32),
 }
@@ -204,12 +212,14 @@ impl Numbers {
         }
         if bits.take(1)? == 0 {
             let count = bits.exp_golomb(3)?;
-            return Ok(Self::Listed(count, bits.exp_golomb(1)? as u32, bits.exp_golomb(0)? as u32));
+            return Ok(Self::Listed(count, bits.exp_golomb(2)?, bits.exp_golomb(1)?));
         }
         let form = bits.take(if coded { 2 } else { 1 })?;
+        if form == 0 {
+            return Ok(Self::Each(bits.exp_golomb(2)?));
+        }
         let order = bits.exp_golomb(1)? as u32;
         match form {
-            0 => Ok(Self::Each(order)),
             1 => Ok(Self::Fixed(order)),
             2 => Ok(Self::Coded(order)),
             _ => Err("a form of numbers".into()),
@@ -237,7 +247,7 @@ impl Numbers {
             Self::Zero => {}
             Self::Each(order) => {
                 for number in &mut numbers {
-                    *number = bits.rice(order)?;
+                    *number = bits.golomb(order)?;
                 }
             }
             Self::Fixed(length) => {
@@ -248,8 +258,8 @@ impl Numbers {
             Self::Listed(listed, zeros, order) => {
                 let mut at = 0;
                 for _ in 0..listed {
-                    at += bits.rice(zeros)? as usize;
-                    *numbers.get_mut(at).ok_or("a place in a list")? = bits.rice(order)? + 1;
+                    at += bits.golomb(zeros)? as usize;
+                    *numbers.get_mut(at).ok_or("a place in a list")? = bits.golomb(order)? + 1;
                     at += 1;
                 }
             }
@@ -268,7 +278,7 @@ fn sparse(width: u32, body: &[u8], elements: &mut [u64], used: &mut Used) -> Res
     let mut bits = Bits::new(body);
     let (count, of_key) = classes(&mut bits)?;
     let coded = bits.take(1)? == 1;
-    let mut last = 2i64;
+    let mut last = 3i64;
     let (mut plans, mut tables, mut lanes) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..count {
         let changes = bits.exp_golomb(6)? as usize;
@@ -278,8 +288,8 @@ fn sparse(width: u32, body: &[u8], elements: &mut [u64], used: &mut Used) -> Res
         }
         let gaps = if bits.take(1)? == 0 {
             let number = bits.exp_golomb(0)?.cast_signed();
-            last += 1 + if number % 2 == 0 { number / 2 } else { -(number + 1) / 2 };
-            Numbers::Each(u32::try_from(last).map_err(|_| "an order")?)
+            last += 2 + if number % 2 == 0 { number / 2 } else { -(number + 1) / 2 };
+            Numbers::Each(u64::try_from(last).map_err(|_| "an order")?)
         } else {
             Numbers::read(&mut bits, false)?
         };

@@ -129,7 +129,8 @@ impl Link {
             }
             let tensors = self.manifest.tensors.iter().filter(|entry| entry.file == number);
             let content = ContentDigest::of_tensors(
-                tensors.map(|entry| (entry.name.as_str(), entry.dtype, entry.shape.as_slice(), &entry.digest)),
+                tensors
+                    .map(|entry| (entry.name.as_str(), entry.dtype, entry.shape.as_slice(), &entry.digest)),
             );
             if index.content.is_some_and(|found| found != content) {
                 return Err(Error::corrupt(format!(
