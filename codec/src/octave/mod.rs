@@ -10,6 +10,7 @@
     reason = "blocks have at most 2^21 elements; what is narrowed was bounded or is meant to lose its high bits"
 )]
 
+mod base;
 mod bits;
 mod classes;
 mod dense;
@@ -218,7 +219,7 @@ fn encode<E: Elem>(
             out.push(Form::Same as u8);
         } else {
             out.push(Form::Dense as u8);
-            dense::encode_base::<E>(level, new, &mut scratch.dense, out);
+            base::encode::<E>(level, new, &mut scratch.dense, out);
         }
         return;
     };
@@ -233,7 +234,7 @@ fn encode<E: Elem>(
         }
         None => {
             out.push(Form::Dense as u8);
-            dense::encode_delta::<E>(level, old, new, &mut scratch.dense, out);
+            dense::encode::<E>(level, old, new, &mut scratch.dense, out);
         }
     }
 }
@@ -250,8 +251,8 @@ fn decode<E: Elem>(
     let target = E::split_mut(target);
     match (form, mode) {
         (Form::Sparse, _) => sparse::decode::<E>(level, body, target, &mut scratch.sparse),
-        (_, Mode::Delta) => dense::decode_delta::<E>(level, body, target, &mut scratch.dense),
-        (_, Mode::Base) => dense::decode_base::<E>(level, body, target, &mut scratch.dense),
+        (_, Mode::Delta) => dense::decode::<E>(level, body, target, &mut scratch.dense),
+        (_, Mode::Base) => base::decode::<E>(level, body, target, &mut scratch.dense),
     }
 }
 

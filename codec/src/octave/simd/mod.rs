@@ -1,0 +1,254 @@
+//! The loops that depend on the processor, and the only module of this crate with `unsafe` code.
+//!
+//! A [`Kernel`] is written once, for any [`Isa`]. [`Instructions::run`] compiles it for each set of instructions and picks
+//! one at run time. Two things make that sound, and each `unsafe` block names the one it rests on:
+//!
+//! - **token**: an [`Avx2`] or [`Avx512`] is made only in [`Instructions::run`], behind the check that the processor has
+//!   all the features that its methods use;
+//! - **bounds**: a read or write through a pointer stays within a slice or an array of a known length.
+
+#![expect(unsafe_code, reason = "instructions beyond the baseline, behind tokens of what the processor has")]
+
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use super::classes::{Classes, MAX};
+use super::rans::{EncodeTable, LANES};
+
+/// The elements that are ranked at once.
+pub(super) const TILE: usize = 4096;
+/// The words of a mask of a tile.
+pub(super) const WORDS: usize = TILE / 64;
+
+/// Which instructions a codec may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+#[non_exhaustive]
+pub enum Instructions {
+    /// Those that every processor of the target has.
+    Scalar,
+    /// AVX2 with BMI1, BMI2, LZCNT and POPCNT (x86-64-v3).
+    Avx2,
+    /// AVX-512 F, BW, DQ, VL, VBMI, VBMI2 and VPOPCNTDQ as well (Ice Lake, Zen 4 and later).
+    #[default]
+    Avx512,
+}
+
+impl Instructions {
+    /// Every level, the simplest first.
+    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+
+    /// The best level that this processor has, at most this one.
+    #[must_use]
+    pub fn available(self) -> Self {
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        {
+            let v3 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("bmi1")
+                && is_x86_feature_detected!("bmi2")
+                && is_x86_feature_detected!("lzcnt")
+                && is_x86_feature_detected!("popcnt");
+            let v4 = v3
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512vbmi")
+                && is_x86_feature_detected!("avx512vbmi2")
+                && is_x86_feature_detected!("avx512vpopcntdq");
+            let best = match (v3, v4) {
+                (_, true) => Self::Avx512,
+                (true, false) => Self::Avx2,
+                (false, false) => Self::Scalar,
+            };
+            self.min(best)
+        }
+        #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+        Self::Scalar
+    }
+
+    /// Runs a kernel with the best instructions of this level that the processor has.
+    #[inline]
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self.available() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `available` checked the features.
+            Self::Avx512 => unsafe { run_avx512(kernel) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `available` checked the features.
+            Self::Avx2 => unsafe { run_avx2(kernel) },
+            _ => kernel.run(Scalar),
+        }
+    }
+}
+
+/// A loop that is compiled for each instruction set. `run` must be `#[inline(always)]`.
+pub(super) trait Kernel {
+    type Output;
+    fn run<I: Isa>(self, isa: I) -> Self::Output;
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
+fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(x86::Avx2(()))
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(
+    enable = "avx2,bmi1,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vpopcntdq"
+)]
+fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(x86::Avx512(()))
+}
+
+/// What differs from one instruction set to the next. The results are the same for all.
+pub(super) trait Isa: Copy {
+    /// Whether the `rans` methods do anything.
+    const HAS_RANS: bool = false;
+
+    /// Bit `i` is set where byte `i` is not zero.
+    fn nonzero(self, bytes: &[u8; 64]) -> u64;
+
+    /// Writes the places of the set bits, counted from `first`, and anything behind them. Returns how many there are.
+    #[inline(always)]
+    fn places(self, mut mask: u64, first: u16, places: &mut [u16; 64]) -> usize {
+        let count = mask.count_ones() as usize;
+        for place in &mut places[..count] {
+            *place = first + mask.trailing_zeros() as u16;
+            mask &= mask.wrapping_sub(1);
+        }
+        count
+    }
+
+    /// Fills `masks[class][word]` for the keys of a tile.
+    fn class_masks(
+        self,
+        keys: &[u8; TILE],
+        classes: &Classes,
+        table: &[u8; 256],
+        masks: &mut [[u64; WORDS]; MAX],
+    );
+
+    /// Sets `sums` to the set bits before each word, and returns how many there are in all.
+    #[inline(always)]
+    fn running_counts(self, masks: &[u64; WORDS], sums: &mut [u16; WORDS]) -> u32 {
+        let mut sum = 0;
+        for (at, mask) in sums.iter_mut().zip(masks) {
+            *at = sum;
+            sum += mask.count_ones() as u16;
+        }
+        u32::from(sum)
+    }
+
+    /// The entry of each key.
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 256], keys: &[u8; 64]) -> [u8; 64] {
+        keys.map(|key| table[usize::from(key)])
+    }
+
+    /// The low 7 bits of each byte, together.
+    #[inline(always)]
+    fn seven_of_eight(self, bytes: u64) -> u64 {
+        let pairs = bytes & 0x007f_007f_007f_007f | (bytes & 0x7f00_7f00_7f00_7f00) >> 1;
+        let fours = pairs & 0x0000_3fff_0000_3fff | (pairs & 0x3fff_0000_3fff_0000) >> 2;
+        fours & 0x0fff_ffff | (fours & 0x0fff_ffff_0000_0000) >> 4
+    }
+
+    /// The reverse: 7 bits in each byte.
+    #[inline(always)]
+    fn eight_of_seven(self, bits: u64) -> u64 {
+        let fours = bits & 0x0fff_ffff | bits << 4 & 0x0fff_ffff_0000_0000;
+        let pairs = fours & 0x0000_3fff_0000_3fff | fours << 2 & 0x3fff_0000_3fff_0000;
+        pairs & 0x007f_007f_007f_007f | pairs << 1 & 0x7f00_7f00_7f00_7f00
+    }
+
+    /// The position of the set bit of `word` that has `rank` set bits below it. There is one.
+    fn select(self, word: u64, rank: u32) -> u32;
+
+    /// The last position of `sums`, which ascend from 0, whose value is at most `rank`.
+    fn find(self, sums: &[u16; WORDS], rank: u16) -> usize;
+
+    /// Decodes whole rounds of [`LANES`] tokens; returns how many tokens and words that were.
+    fn rans_decode(
+        self,
+        _table: &[u32],
+        _classes: &[u8],
+        _tokens: &mut [u8],
+        _words: &[[u8; 2]],
+        _states: &mut [u32; LANES],
+    ) -> (usize, usize) {
+        (0, 0)
+    }
+
+    /// Encodes tokens, a multiple of [`LANES`], from their end; words go below `start`, whose new place is returned.
+    fn rans_encode(
+        self,
+        _table: &EncodeTable,
+        _classes: &[u8],
+        _tokens: &[u8],
+        _buffer: &mut [u16],
+        start: usize,
+        _states: &mut [u32; LANES],
+    ) -> usize {
+        start
+    }
+}
+
+/// The baseline.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Scalar;
+
+impl Isa for Scalar {
+    #[inline(always)]
+    fn nonzero(self, bytes: &[u8; 64]) -> u64 {
+        (0..).zip(bytes).fold(0, |mask, (bit, &byte)| mask | u64::from(byte != 0) << bit)
+    }
+
+    #[inline(always)]
+    fn class_masks(
+        self,
+        keys: &[u8; TILE],
+        classes: &Classes,
+        table: &[u8; 256],
+        masks: &mut [[u64; WORDS]; MAX],
+    ) {
+        masks.iter_mut().take(classes.count()).for_each(|mask| mask.fill(0));
+        for (word, keys) in keys.as_chunks::<64>().0.iter().enumerate() {
+            for (bit, &key) in keys.iter().enumerate() {
+                masks[usize::from(table[usize::from(key)]) % MAX][word] |= 1 << bit;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn select(self, mut word: u64, rank: u32) -> u32 {
+        for _ in 0..rank {
+            word &= word.wrapping_sub(1);
+        }
+        word.trailing_zeros()
+    }
+
+    #[inline(always)]
+    fn find(self, sums: &[u16; WORDS], rank: u16) -> usize {
+        let mut at = 0;
+        for step in [32, 16, 8, 4, 2, 1] {
+            if sums[at + step] <= rank {
+                at += step;
+            }
+        }
+        at
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seven_bits_come_back() {
+        for bytes in [0, 0x7f7f_7f7f_7f7f_7f7f, 0x0102_0304_0506_0708, 0x7f00_7f00_0055_2a01] {
+            assert!(Scalar.seven_of_eight(bytes) < 1 << 56);
+            assert_eq!(Scalar.eight_of_seven(Scalar.seven_of_eight(bytes)), bytes);
+        }
+    }
+}
