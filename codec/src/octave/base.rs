@@ -4,6 +4,7 @@
 use towline_core::Result;
 
 use super::bits::{BitReader, BitWriter, low};
+use super::classes::{SAMPLE, STRETCH};
 use super::dense::{Buffers, COUNT_ORDER, split};
 use super::elem::Elem;
 use super::rans::{self, Chances};
@@ -90,8 +91,8 @@ fn window<E: Elem>(new: &[E::Raw], shift: u32, tokens: Tokens) -> u64 {
     let below = E::BITS - 8 - shift;
     let length = (tokens.direct >> below) as usize;
     let mut keys = [0u32; 256];
-    let step = if new.len() < 1 << 15 { 1 } else { 16 };
-    new.iter().step_by(step).for_each(|&raw| keys[usize::from(E::load(raw).key())] += 1);
+    let stretches = new.chunks(STRETCH).step_by((new.len() / SAMPLE).max(1));
+    stretches.flatten().for_each(|&raw| keys[usize::from(E::load(raw).key())] += 1);
     let mut inside: u32 = keys[..length].iter().sum();
     let (mut best, mut most) = (0, inside);
     for start in 1..=256 - length {
@@ -105,14 +106,16 @@ fn window<E: Elem>(new: &[E::Raw], shift: u32, tokens: Tokens) -> u64 {
     ((best + first) as u64) << below
 }
 
-/// Counts tokens in four tables, because equal ones come in a row and one count would wait for the other.
+/// Counts tokens in several tables, because equal ones come in a row and one count would wait for the other.
 #[inline(never)]
 fn count(tokens: &[u8], counts: &mut [u32; 256]) {
-    let mut tables = [[0u32; 256]; 4];
-    let (fours, rest) = tokens.as_chunks::<4>();
-    for four in fours {
-        for (table, &token) in tables.iter_mut().zip(four) {
-            table[usize::from(token)] += 1;
+    let mut tables = [[0u32; 256]; 8];
+    let (eights, rest) = tokens.as_chunks::<8>();
+    for eight in eights {
+        let mut eight = u64::from_le_bytes(*eight);
+        for table in &mut tables {
+            table[(eight & 0xff) as usize] += 1;
+            eight >>= 8;
         }
     }
     rest.iter().for_each(|&token| counts[usize::from(token)] += 1);

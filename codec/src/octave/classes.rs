@@ -12,8 +12,8 @@ pub(super) const MAX: usize = 16;
 /// Magnitudes count as no larger than this, so that a few wild ones do not hide the others.
 const MAX_MAGNITUDE: u64 = 1 << 40;
 /// Elements are counted by key in stretches of this many, so that about [`SAMPLE`] are counted.
-const STRETCH: usize = 64;
-const SAMPLE: usize = 1 << 15;
+pub(super) const STRETCH: usize = 64;
+pub(super) const SAMPLE: usize = 1 << 15;
 
 /// The first key of each class but the first, ascending.
 #[derive(Debug, Clone, PartialEq, Eq)]

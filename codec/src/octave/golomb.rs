@@ -49,31 +49,36 @@ impl Golomb {
         let count = count as u64;
         // A few wild numbers go into tails and must not decide.
         let sum: u64 = numbers.clone().map(|number| number.min(1 << 32)).sum();
-        let middle = (sum / count.max(1) + 1).ilog2().min(MAX_SHIFT);
-        // The best divisor is 0.5 to 1.5 times 2^middle, if the numbers fall off geometrically.
-        let (half, quarter) = (middle.saturating_sub(1), middle.saturating_sub(2));
-        let mut heads = [0; 4];
+        // Of numbers that fall off geometrically the best is about ln 2 times the mean: one of its two neighbours.
+        let ideal = (sum / count.max(1) * 709 + 709 / 2) >> 10;
+        let power = ideal.max(1).ilog2().min(MAX_SHIFT - 1);
+        let above_thirds = power > 0 && ideal >= 3 << (power - 1);
+        let whole = Self { shift: power + u32::from(above_thirds || power == 0), thirds: false };
+        let other = match power {
+            0 => Self { shift: 0, thirds: false },
+            _ => Self { shift: power - 1, thirds: true },
+        };
+        let (mut heads, mut heads_other) = (0, 0);
         for number in numbers.clone() {
-            let third = |shift: u32| {
-                let (head, rest) = ((number >> shift) / 3, (number >> shift) % 3);
-                head.min(64) + u64::from(rest > 0)
-            };
-            heads[0] += (number >> half).min(64);
-            heads[1] += third(quarter);
-            heads[2] += (number >> middle).min(64);
-            heads[3] += third(half);
+            heads += (number >> whole.shift).min(64);
+            heads_other += other.head(number.min(u64::from(u32::MAX))).min(64);
         }
-        let choices = [
-            (half, false, 1 + half),
-            (quarter, true, 2 + quarter),
-            (middle, false, 1 + middle),
-            (half, true, 2 + half),
-        ];
-        let costs = choices
-            .into_iter()
-            .zip(heads)
-            .map(|((shift, thirds, each), heads)| (Self { shift, thirds }, count * u64::from(each) + heads));
-        costs.min_by_key(|cost| cost.1).unwrap_or_default()
+        let cost = count * u64::from(1 + whole.shift) + heads;
+        let cost_other = count * u64::from(1 + other.shift + u32::from(other.thirds)) + heads_other;
+        if cost_other <= cost { (other, cost_other) } else { (whole, cost) }
+    }
+
+    /// The bits of the code of a number below 2^32 above the least that a code has.
+    #[inline(always)]
+    fn head(self, number: u64) -> u64 {
+        let top = number >> self.shift;
+        if self.thirds {
+            // Division by 3, exact below 2^32.
+            let head = (top * 0xaaaa_aaab) >> 33;
+            head + u64::from(top != 3 * head)
+        } else {
+            top
+        }
     }
 
     /// The quotient, the bits of the remainder, and how many they are.

@@ -116,7 +116,8 @@ impl Kernel for Rank<'_> {
             tile.fill_keys(isa, keys, classes, &table);
             for (&place, &step) in places.iter().zip(steps) {
                 let place = usize::from(place) % TILE;
-                let class = usize::from(table[usize::from(tile.key(place))]) % MAX;
+                let Some(&key) = keys.get(place) else { continue };
+                let class = usize::from(table[usize::from(key)]) % MAX;
                 let rank = tile.rank_of(class, place);
                 if let Some(gap) = lists.gaps.get_mut(at[class]) {
                     *gap = rank.wrapping_sub(next[class]) << 1 | (step & 1) as u32;
@@ -531,7 +532,8 @@ impl<E: Elem> Kernel for Patch<'_, E> {
                     if rank >= count {
                         break;
                     }
-                    let raw = &mut target[tile.position(isa, class, rank)];
+                    // Behind the end of a block's last tile there is nothing to change.
+                    let Some(raw) = target.get_mut(tile.position(isa, class, rank)) else { return false };
                     *raw = E::load(*raw).plus(E::narrow(*step)).store();
                     done += 1;
                 }

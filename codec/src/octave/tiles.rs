@@ -2,14 +2,15 @@
 
 use super::classes::{Census, Classes, MAX};
 use super::elem::Elem;
-use super::simd::{Instructions, Isa, Kernel, TILE, WORDS};
+use super::simd::{Instructions, Isa, Kernel, TILE, WORDS, slot};
 
 /// The class of each element of a tile, as masks with running counts.
 #[derive(Debug)]
 pub(super) struct TileMasks {
     keys: [u8; TILE],
+    /// By the slots of their words, as the sums.
     masks: [[u64; WORDS]; MAX],
-    sums: [[u16; WORDS]; MAX],
+    sums: [[u64; WORDS]; MAX],
     counts: [u32; MAX],
 }
 
@@ -20,7 +21,8 @@ impl Default for TileMasks {
 }
 
 impl TileMasks {
-    /// Takes at most [`TILE`] elements.
+    /// Takes at most [`TILE`] elements. With fewer, what is behind the end has classes and ranks too, after those of the
+    /// elements: only a block's last tile may be shorter.
     #[inline(always)]
     pub(super) fn fill<E: Elem, I: Isa>(
         &mut self,
@@ -30,34 +32,29 @@ impl TileMasks {
         table: &[u8; 256],
     ) {
         self.keys.iter_mut().zip(old).for_each(|(key, &raw)| *key = E::load(raw).key());
-        self.rank(isa, old.len(), classes, table);
+        isa.class_masks(&self.keys, classes, table, &mut self.masks);
+        self.count_all(isa, classes);
     }
 
     /// As `fill`, of at most [`TILE`] keys.
     #[inline(always)]
     pub(super) fn fill_keys<I: Isa>(&mut self, isa: I, keys: &[u8], classes: &Classes, table: &[u8; 256]) {
-        self.keys[..keys.len()].copy_from_slice(keys);
-        self.rank(isa, keys.len(), classes, table);
-    }
-
-    #[inline(always)]
-    fn rank<I: Isa>(&mut self, isa: I, length: usize, classes: &Classes, table: &[u8; 256]) {
-        isa.class_masks(&self.keys, classes, table, &mut self.masks);
-        for class in 0..classes.count() {
-            let (masks, sums) = (&mut self.masks[class], &mut self.sums[class]);
-            if length < TILE {
-                // The keys behind the end are of another tile.
-                let (whole, more) = (length / 64, length % 64);
-                masks[whole..].iter_mut().for_each(|mask| *mask &= (1 << more) - 1);
-                masks[whole + 1..].fill(0);
-            }
-            self.counts[class] = isa.running_counts(masks, sums);
+        if let Some(keys) = keys.as_array() {
+            isa.class_masks(keys, classes, table, &mut self.masks);
+        } else {
+            self.keys[..keys.len()].copy_from_slice(keys);
+            isa.class_masks(&self.keys, classes, table, &mut self.masks);
         }
+        self.count_all(isa, classes);
     }
 
     #[inline(always)]
-    pub(super) fn key(&self, place: usize) -> u8 {
-        self.keys[place]
+    fn count_all<I: Isa>(&mut self, isa: I, classes: &Classes) {
+        let classes = self.masks.iter().zip(&mut self.sums).zip(&mut self.counts).take(classes.count());
+        // No closure: it would not be compiled for the instructions of `isa`.
+        for ((masks, sums), count) in classes {
+            *count = isa.running_counts(masks, sums);
+        }
     }
 
     /// The elements of `class`.
@@ -69,17 +66,25 @@ impl TileMasks {
     /// The elements of `class` before the one at `place`.
     #[inline(always)]
     pub(super) fn rank_of(&self, class: usize, place: usize) -> u32 {
-        let (word, bit) = (place / 64 % WORDS, place % 64);
-        let below = self.masks[class][word] & ((1 << bit) - 1);
-        u32::from(self.sums[class][word]) + below.count_ones()
+        let (slot, bit) = (slot(place / 64 % WORDS), place % 64);
+        let below = self.masks[class][slot] & ((1 << bit) - 1);
+        self.sums[class][slot] as u32 + below.count_ones()
     }
 
     /// The element of `class` that has `rank` of them before it; there is one.
     #[inline(always)]
     pub(super) fn position<I: Isa>(&self, isa: I, class: usize, rank: u32) -> usize {
-        let word = isa.find(&self.sums[class], rank as u16);
-        let rest = rank - u32::from(self.sums[class][word]);
-        word * 64 + isa.select(self.masks[class][word], rest) as usize
+        let (masks, sums) = (&self.masks[class], &self.sums[class]);
+        let column = isa.column(sums, u64::from(rank)) % 8;
+        // Without branches: they would be mispredicted.
+        let mut row = 0;
+        for bit in [2, 1, 0] {
+            let further = sums[(row | 1 << bit) * 8 + column] <= u64::from(rank);
+            row |= usize::from(further) << bit;
+        }
+        let slot = row * 8 + column;
+        let rest = rank - sums[slot] as u32;
+        (column * 8 + row) * 64 + isa.select(masks[slot], rest) as usize
     }
 }
 
@@ -152,13 +157,13 @@ impl<E: Elem> Kernel for Find<'_, E> {
             let words = old.chunks(64).zip(new.chunks(64)).zip(keys.as_chunks_mut::<64>().0);
             for (word, ((old, new), keys)) in (0..).zip(words) {
                 let mask = match (old.as_array(), new.as_array()) {
-                    (Some(old), Some(new)) => differing::<E, I>(isa, old, new, keys),
+                    (Some(old), Some(new)) => isa.differing::<E>(old, new, keys),
                     _ => {
                         // What fills the last word is the same on both sides.
                         let mut pair = [[E::default().store(); 64]; 2];
                         pair[0][..old.len()].copy_from_slice(old);
                         pair[1][..new.len()].copy_from_slice(new);
-                        differing::<E, I>(isa, &pair[0], &pair[1], keys)
+                        isa.differing::<E>(&pair[0], &pair[1], keys)
                     }
                 };
                 if let Some(places) = places[found..].first_chunk_mut() {
@@ -182,16 +187,4 @@ impl<E: Elem> Kernel for Find<'_, E> {
         }
         Some(found)
     }
-}
-
-/// Bit `i` is set where element `i` differs. Sets the keys of the old ones.
-#[inline(always)]
-fn differing<E: Elem, I: Isa>(isa: I, old: &[E::Raw; 64], new: &[E::Raw; 64], keys: &mut [u8; 64]) -> u64 {
-    let mut differs = [0; 64];
-    for index in 0..64 {
-        let old = E::load(old[index]);
-        differs[index] = u8::from(old != E::load(new[index]));
-        keys[index] = old.key();
-    }
-    isa.nonzero(&differs)
 }

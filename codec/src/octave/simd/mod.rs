@@ -13,12 +13,21 @@
 mod x86;
 
 use super::classes::{Classes, MAX};
+use super::elem::Elem;
 use super::rans::{EncodeTable, LANES};
 
 /// The elements that are ranked at once.
 pub(super) const TILE: usize = 4096;
 /// The words of a mask of a tile.
 pub(super) const WORDS: usize = TILE / 64;
+/// Words are kept in eight columns of eight, one below the other, so that running counts go down all columns at once.
+const COLUMNS: usize = WORDS / 8;
+
+/// Where a mask or a running count of a word is kept.
+#[inline(always)]
+pub(super) fn slot(word: usize) -> usize {
+    word % 8 * COLUMNS + word / 8
+}
 
 /// Which instructions a codec may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -109,6 +118,18 @@ pub(super) trait Isa: Copy {
     /// Bit `i` is set where byte `i` is not zero.
     fn nonzero(self, bytes: &[u8; 64]) -> u64;
 
+    /// Bit `i` is set where element `i` differs. Sets the keys of the old ones.
+    #[inline(always)]
+    fn differing<E: Elem>(self, old: &[E::Raw; 64], new: &[E::Raw; 64], keys: &mut [u8; 64]) -> u64 {
+        let mut differs = [0; 64];
+        for index in 0..64 {
+            let old = E::load(old[index]);
+            differs[index] = u8::from(old != E::load(new[index]));
+            keys[index] = old.key();
+        }
+        self.nonzero(&differs)
+    }
+
     /// Writes the places of the set bits, counted from `first`, and anything behind them. Returns how many there are.
     #[inline(always)]
     fn places(self, mut mask: u64, first: u16, places: &mut [u16; 64]) -> usize {
@@ -120,7 +141,7 @@ pub(super) trait Isa: Copy {
         count
     }
 
-    /// Fills `masks[class][word]` for the keys of a tile.
+    /// Fills `masks[class][slot(word)]` for the keys of a tile.
     fn class_masks(
         self,
         keys: &[u8; TILE],
@@ -131,13 +152,13 @@ pub(super) trait Isa: Copy {
 
     /// Sets `sums` to the set bits before each word, and returns how many there are in all.
     #[inline(always)]
-    fn running_counts(self, masks: &[u64; WORDS], sums: &mut [u16; WORDS]) -> u32 {
+    fn running_counts(self, masks: &[u64; WORDS], sums: &mut [u64; WORDS]) -> u32 {
         let mut sum = 0;
-        for (at, mask) in sums.iter_mut().zip(masks) {
-            *at = sum;
-            sum += mask.count_ones() as u16;
+        for slot in (0..WORDS).map(slot) {
+            sums[slot] = u64::from(sum);
+            sum += masks[slot].count_ones();
         }
-        u32::from(sum)
+        sum
     }
 
     /// The entry of each key.
@@ -165,8 +186,17 @@ pub(super) trait Isa: Copy {
     /// The position of the set bit of `word` that has `rank` set bits below it. There is one.
     fn select(self, word: u64, rank: u32) -> u32;
 
-    /// The last position of `sums`, which ascend from 0, whose value is at most `rank`.
-    fn find(self, sums: &[u16; WORDS], rank: u16) -> usize;
+    /// The last column of `sums`, whose first word has at most `rank` set bits before it.
+    #[inline(always)]
+    fn column(self, sums: &[u64; WORDS], rank: u64) -> usize {
+        let mut column = 0;
+        for step in [4, 2, 1] {
+            if sums[column + step] <= rank {
+                column += step;
+            }
+        }
+        column
+    }
 
     /// Decodes whole rounds of [`LANES`] tokens; returns how many tokens and words that were.
     fn rans_decode(
@@ -215,7 +245,7 @@ impl Isa for Scalar {
         masks.iter_mut().take(classes.count()).for_each(|mask| mask.fill(0));
         for (word, keys) in keys.as_chunks::<64>().0.iter().enumerate() {
             for (bit, &key) in keys.iter().enumerate() {
-                masks[usize::from(table[usize::from(key)]) % MAX][word] |= 1 << bit;
+                masks[usize::from(table[usize::from(key)]) % MAX][slot(word)] |= 1 << bit;
             }
         }
     }
@@ -226,17 +256,6 @@ impl Isa for Scalar {
             word &= word.wrapping_sub(1);
         }
         word.trailing_zeros()
-    }
-
-    #[inline(always)]
-    fn find(self, sums: &[u16; WORDS], rank: u16) -> usize {
-        let mut at = 0;
-        for step in [32, 16, 8, 4, 2, 1] {
-            if sums[at + step] <= rank {
-                at += step;
-            }
-        }
-        at
     }
 }
 

@@ -3,8 +3,9 @@
 use std::arch::x86_64::*;
 
 use super::super::classes::Classes;
+use super::super::elem::Elem;
 use super::super::rans::{CHANCE_BITS, EncodeTable, LOWEST, TOTAL};
-use super::{Isa, LANES, MAX, TILE, WORDS};
+use super::{Isa, LANES, MAX, TILE, WORDS, slot};
 
 /// The processor has AVX2, BMI1, BMI2, LZCNT and POPCNT.
 #[derive(Debug, Clone, Copy)]
@@ -24,16 +25,6 @@ const BYTE_NUMBERS: [u8; 64] = {
     numbers
 };
 
-const LANE_NUMBERS: [u16; 32] = {
-    let mut numbers = [0; 32];
-    let mut lane = 0;
-    while lane < 32 {
-        numbers[lane] = lane as u16;
-        lane += 1;
-    }
-    numbers
-};
-
 /// Fills masks from `at_least(keys of a word, bound)`.
 #[inline(always)]
 fn masks_from(
@@ -46,10 +37,10 @@ fn masks_from(
         let mut above = u64::MAX;
         for (class, &bound) in classes.bounds().iter().enumerate() {
             let from_here = at_least(keys, bound);
-            masks[class % MAX][word] = above & !from_here;
+            masks[class % MAX][slot(word)] = above & !from_here;
             above = from_here;
         }
-        masks[classes.bounds().len() % MAX][word] = above;
+        masks[classes.bounds().len() % MAX][slot(word)] = above;
     }
 }
 
@@ -105,11 +96,6 @@ impl Isa for Avx2 {
     fn eight_of_seven(self, bits: u64) -> u64 {
         eight_bmi2(bits)
     }
-
-    #[inline(always)]
-    fn find(self, sums: &[u16; WORDS], rank: u16) -> usize {
-        super::Scalar.find(sums, rank)
-    }
 }
 
 impl Avx2 {
@@ -142,6 +128,41 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
+    fn differing<E: Elem>(self, old: &[E::Raw; 64], new: &[E::Raw; 64], keys: &mut [u8; 64]) -> u64 {
+        let mut differs = 0;
+        // SAFETY: token; bounds: a quarter, half or all of the elements that fill 64 bytes, and as many keys.
+        unsafe {
+            for at in (0..64).step_by(512 / E::BITS as usize) {
+                let old = _mm512_loadu_si512(old.as_ptr().add(at).cast());
+                let new = _mm512_loadu_si512(new.as_ptr().add(at).cast());
+                let place = keys.as_mut_ptr().add(at);
+                differs |= match E::BITS {
+                    8 => {
+                        _mm512_storeu_si512(place.cast(), _mm512_add_epi8(old, old));
+                        _mm512_cmpneq_epi8_mask(old, new)
+                    }
+                    16 => {
+                        let key = _mm512_cvtepi16_epi8(_mm512_srli_epi16::<7>(old));
+                        _mm256_storeu_si256(place.cast(), key);
+                        u64::from(_mm512_cmpneq_epi16_mask(old, new))
+                    }
+                    32 => {
+                        let key = _mm512_cvtepi32_epi8(_mm512_srli_epi32::<23>(old));
+                        _mm_storeu_si128(place.cast(), key);
+                        u64::from(_mm512_cmpneq_epi32_mask(old, new))
+                    }
+                    _ => {
+                        let key = _mm512_cvtepi64_epi8(_mm512_srli_epi64::<55>(old));
+                        _mm_storel_epi64(place.cast(), key);
+                        u64::from(_mm512_cmpneq_epi64_mask(old, new))
+                    }
+                } << at;
+            }
+        }
+        differs
+    }
+
+    #[inline(always)]
     fn places(self, mask: u64, first: u16, places: &mut [u16; 64]) -> usize {
         // SAFETY: token; bounds: 64 bytes of numbers, two halves of 64 places.
         unsafe {
@@ -169,29 +190,28 @@ impl Isa for Avx512 {
     ) {
         // The four bits of each element's class, then for each class the elements that have all of its bits.
         let mut planes = [[0u64; WORDS]; 4];
-        // SAFETY: token; bounds: 8 words of 64 of each plane and mask.
-        unsafe {
-            let table = self.quarters(table);
-            let [plane0, plane1, plane2, plane3] = &mut planes;
-            for (word, keys) in keys.as_chunks::<64>().0.iter().enumerate() {
-                let class = self.entries(table, keys);
-                plane0[word] = _mm512_test_epi8_mask(class, _mm512_set1_epi8(1));
-                plane1[word] = _mm512_test_epi8_mask(class, _mm512_set1_epi8(2));
-                plane2[word] = _mm512_test_epi8_mask(class, _mm512_set1_epi8(4));
-                plane3[word] = _mm512_test_epi8_mask(class, _mm512_set1_epi8(8));
-            }
-            let count = classes.count().min(MAX);
-            for at in (0..WORDS).step_by(8) {
-                let plane = |plane: &[u64; WORDS]| _mm512_loadu_si512(plane.as_ptr().add(at).cast());
-                let planes = [plane(plane0), plane(plane1), plane(plane2), plane(plane3)];
-                for (class, mask) in masks.iter_mut().enumerate().take(count) {
-                    // A bit that the class does not have is wanted as 0.
-                    let wanted = |bit: usize| {
-                        let inverse = (class as i64 >> bit & 1) - 1;
-                        _mm512_xor_si512(planes[bit], _mm512_set1_epi64(inverse))
-                    };
-                    let both = _mm512_ternarylogic_epi64::<0x80>(wanted(0), wanted(1), wanted(2));
-                    let all = _mm512_and_si512(both, wanted(3));
+        match Narrow::of(classes, table) {
+            Some(narrow) => self.planes(keys, &mut planes, narrow),
+            None => self.planes(keys, &mut planes, Wide::of(table)),
+        }
+        for (class, mask) in masks.iter_mut().enumerate().take(classes.count()) {
+            // SAFETY: token; bounds: 8 words of 64 of each plane and of the mask.
+            unsafe {
+                // A bit that the class does not have is wanted as 0.
+                let inverse = [0, 1, 2, 3].map(|bit| (class as i64 >> bit & 1) - 1);
+                let inverse = [
+                    _mm512_set1_epi64(inverse[0]),
+                    _mm512_set1_epi64(inverse[1]),
+                    _mm512_set1_epi64(inverse[2]),
+                    _mm512_set1_epi64(inverse[3]),
+                ];
+                for at in (0..WORDS).step_by(8) {
+                    let mut all = _mm512_set1_epi64(-1);
+                    for (plane, inverse) in planes.iter().zip(inverse) {
+                        let plane = _mm512_loadu_si512(plane.as_ptr().add(at).cast());
+                        // (plane ^ inverse) & all
+                        all = _mm512_ternarylogic_epi64::<0x28>(plane, inverse, all);
+                    }
                     _mm512_storeu_si512(mask.as_mut_ptr().add(at).cast(), all);
                 }
             }
@@ -202,44 +222,33 @@ impl Isa for Avx512 {
     fn look_up(self, table: &[u8; 256], keys: &[u8; 64]) -> [u8; 64] {
         let mut entries = [0; 64];
         // SAFETY: token; bounds: 64 bytes.
-        unsafe {
-            _mm512_storeu_si512(entries.as_mut_ptr().cast(), self.entries(self.quarters(table), keys));
-        }
+        unsafe { _mm512_storeu_si512(entries.as_mut_ptr().cast(), Wide::of(table).entries(self, keys)) };
         entries
     }
 
     #[inline(always)]
-    fn running_counts(self, masks: &[u64; WORDS], sums: &mut [u16; WORDS]) -> u32 {
-        let mut counts = [0u8; WORDS];
-        // SAFETY: token; bounds: 8 of 64 words and counts at a time, two halves of 32 counts and sums.
+    fn running_counts(self, masks: &[u64; WORDS], sums: &mut [u64; WORDS]) -> u32 {
+        // SAFETY: token; bounds: 8 of 64 words and counts at a time.
         unsafe {
-            for at in (0..WORDS).step_by(8) {
-                let words = _mm512_loadu_si512(masks.as_ptr().add(at).cast());
-                let eight = _mm512_cvtepi64_epi8(_mm512_popcnt_epi64(words));
-                _mm_storel_epi64(counts.as_mut_ptr().add(at).cast(), eight);
+            let mut counts = [_mm512_setzero_si512(); 8];
+            let mut total = counts[0];
+            for (row, count) in counts.iter_mut().enumerate() {
+                *count = _mm512_popcnt_epi64(_mm512_loadu_si512(masks.as_ptr().add(8 * row).cast()));
+                total = _mm512_add_epi64(total, *count);
             }
-            let lanes = _mm512_loadu_si512(LANE_NUMBERS.as_ptr().cast());
-            let mut before = _mm512_setzero_si512();
-            for at in [0, 32] {
-                let counts = _mm256_loadu_si256(counts.as_ptr().add(at).cast());
-                let counts = _mm512_cvtepu8_epi16(counts);
-                let mut sum = counts;
-                for (step, from) in [
-                    (1, u32::MAX << 1),
-                    (2, u32::MAX << 2),
-                    (4, u32::MAX << 4),
-                    (8, u32::MAX << 8),
-                    (16, u32::MAX << 16),
-                ] {
-                    let moved = _mm512_sub_epi16(lanes, _mm512_set1_epi16(step));
-                    sum = _mm512_add_epi16(sum, _mm512_maskz_permutexvar_epi16(from, moved, sum));
-                }
-                sum = _mm512_add_epi16(sum, before);
-                before = _mm512_permutexvar_epi16(_mm512_set1_epi16(31), sum);
-                let sum = _mm512_sub_epi16(sum, counts);
-                _mm512_storeu_si512(sums.as_mut_ptr().add(at).cast(), sum);
+            // What is in the columns before each: a running sum over the lanes.
+            let zero = _mm512_setzero_si512();
+            let mut sum = total;
+            sum = _mm512_add_epi64(sum, _mm512_alignr_epi64::<7>(sum, zero));
+            sum = _mm512_add_epi64(sum, _mm512_alignr_epi64::<6>(sum, zero));
+            sum = _mm512_add_epi64(sum, _mm512_alignr_epi64::<4>(sum, zero));
+            let all = _mm512_extracti64x2_epi64::<3>(sum);
+            sum = _mm512_sub_epi64(sum, total);
+            for (row, count) in counts.into_iter().enumerate() {
+                _mm512_storeu_si512(sums.as_mut_ptr().add(8 * row).cast(), sum);
+                sum = _mm512_add_epi64(sum, count);
             }
-            u32::from(_mm_cvtsi128_si32(_mm512_castsi512_si128(before)) as u16)
+            _mm_extract_epi64::<1>(all) as u32
         }
     }
 
@@ -259,16 +268,14 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
-    fn find(self, sums: &[u16; WORDS], rank: u16) -> usize {
-        // SAFETY: token; bounds: two halves of 64 words of 2 bytes.
+    fn column(self, sums: &[u64; WORDS], rank: u64) -> usize {
+        // SAFETY: token; bounds: 8 of 64 counts.
         let at_most = unsafe {
-            let rank = _mm512_set1_epi16(rank.cast_signed());
-            let low = _mm512_cmple_epu16_mask(_mm512_loadu_si512(sums.as_ptr().cast()), rank);
-            let high = _mm512_cmple_epu16_mask(_mm512_loadu_si512(sums.as_ptr().add(32).cast()), rank);
-            u64::from(low) | u64::from(high) << 32
+            let first = _mm512_loadu_si512(sums.as_ptr().cast());
+            _mm512_cmple_epu64_mask(first, _mm512_set1_epi64(rank.cast_signed()))
         };
-        // The first sum is 0.
-        at_most.count_ones() as usize - 1
+        // The first count is 0.
+        (at_most.count_ones() as usize).saturating_sub(1)
     }
 
     #[inline(always)]
@@ -397,22 +404,79 @@ impl Isa for Avx512 {
     }
 }
 
-impl Avx512 {
-    #[inline(always)]
-    fn quarters(self, table: &[u8; 256]) -> [__m512i; 4] {
-        // SAFETY: token; bounds: quarters of the table.
-        [0, 64, 128, 192].map(|at| unsafe { _mm512_loadu_si512(table.as_ptr().add(at).cast()) })
-    }
+/// A table that is looked up by keys, 64 at a time.
+trait LookUp {
+    fn entries(&self, isa: Avx512, keys: &[u8; 64]) -> __m512i;
+}
 
-    /// The entry of each key in a table of four quarters.
+/// The classes of keys if all bounds lie within 63 keys, as they do but for wild values: one look-up in place of four.
+struct Narrow {
+    first: u8,
+    classes: [u8; 64],
+}
+
+impl Narrow {
     #[inline(always)]
-    fn entries(self, table: [__m512i; 4], keys: &[u8; 64]) -> __m512i {
-        // SAFETY: token; bounds: 64 keys.
+    fn of(classes: &Classes, table: &[u8; 256]) -> Option<Self> {
+        let first = classes.bounds().first()?.saturating_sub(1);
+        let all = table[usize::from(first)..].first_chunk()?;
+        (all[63] == table[255]).then_some(Self { first, classes: *all })
+    }
+}
+
+impl LookUp for Narrow {
+    #[inline(always)]
+    fn entries(&self, _: Avx512, keys: &[u8; 64]) -> __m512i {
+        // SAFETY: token; bounds: 64 keys and classes.
         unsafe {
             let keys = _mm512_loadu_si512(keys.as_ptr().cast());
-            let low = _mm512_permutex2var_epi8(table[0], keys, table[1]);
-            let high = _mm512_permutex2var_epi8(table[2], keys, table[3]);
+            let from_first = _mm512_subs_epu8(keys, _mm512_set1_epi8(self.first.cast_signed()));
+            let place = _mm512_min_epu8(from_first, _mm512_set1_epi8(63));
+            _mm512_permutexvar_epi8(place, _mm512_loadu_si512(self.classes.as_ptr().cast()))
+        }
+    }
+}
+
+/// Any table.
+struct Wide<'a>(&'a [[u8; 64]; 4]);
+
+impl<'a> Wide<'a> {
+    #[inline(always)]
+    fn of(table: &'a [u8; 256]) -> Self {
+        Self(table.as_chunks().0.as_array().unwrap_or(&[[0; 64]; 4]))
+    }
+}
+
+impl LookUp for Wide<'_> {
+    #[inline(always)]
+    fn entries(&self, _: Avx512, keys: &[u8; 64]) -> __m512i {
+        // SAFETY: token; bounds: 64 keys, quarters of the table.
+        unsafe {
+            let [a, b, c, d] = self.0;
+            let keys = _mm512_loadu_si512(keys.as_ptr().cast());
+            let (a, b) = (_mm512_loadu_si512(a.as_ptr().cast()), _mm512_loadu_si512(b.as_ptr().cast()));
+            let (c, d) = (_mm512_loadu_si512(c.as_ptr().cast()), _mm512_loadu_si512(d.as_ptr().cast()));
+            let low = _mm512_permutex2var_epi8(a, keys, b);
+            let high = _mm512_permutex2var_epi8(c, keys, d);
             _mm512_mask_blend_epi8(_mm512_movepi8_mask(keys), low, high)
+        }
+    }
+}
+
+impl Avx512 {
+    /// Sets the four bits of the class of each key.
+    #[inline(always)]
+    fn planes(self, keys: &[u8; TILE], planes: &mut [[u64; WORDS]; 4], classes: impl LookUp) {
+        let [plane0, plane1, plane2, plane3] = planes;
+        for (word, keys) in keys.as_chunks::<64>().0.iter().enumerate() {
+            let class = classes.entries(self, keys);
+            // SAFETY: token.
+            unsafe {
+                plane0[slot(word)] = _mm512_test_epi8_mask(class, _mm512_set1_epi8(1));
+                plane1[slot(word)] = _mm512_test_epi8_mask(class, _mm512_set1_epi8(2));
+                plane2[slot(word)] = _mm512_test_epi8_mask(class, _mm512_set1_epi8(4));
+                plane3[slot(word)] = _mm512_test_epi8_mask(class, _mm512_set1_epi8(8));
+            }
         }
     }
 }
