@@ -52,10 +52,10 @@ pub(super) fn encode<E: Elem>(
     buffers: &mut Buffers,
     out: &mut Vec<u8>,
 ) {
-    buffers.classes.clear();
-    buffers.classes.extend(old.iter().map(|&raw| E::load(raw).key()));
     let mut census = Census::default();
-    census.count(&buffers.classes);
+    buffers.classes.resize(old.len().next_multiple_of(64), 0);
+    level.run(Sort::<E> { old, table: &std::array::from_fn(|key| key as u8), classes: &mut buffers.classes });
+    census.count(&buffers.classes[..old.len()]);
     let weight = (old.len() / COUNTED).max(1);
     for (old, new) in old.chunks(64).zip(new.chunks(64)).step_by(weight) {
         for (old, new) in old.iter().zip(new).map(|(old, new)| (E::load(*old), E::load(*new))) {
@@ -65,16 +65,23 @@ pub(super) fn encode<E: Elem>(
         }
     }
     let classes = census.classes(CLASS_BITS);
-    let shifts = shifts(&census, &classes);
+    let shifts = shifts::<E>(&census, &classes);
     let table = classes.table();
-    let mut counts = [[0u32; 256]; MAX];
-    buffers.tokens.resize(old.len(), 0);
+    let mut counts = [[0; TOKENS]; MAX];
+    let counts = &mut counts[..classes.count()];
+    buffers.tokens.resize(old.len().next_multiple_of(64), 0);
     buffers.low.clear();
-    level.run(Split::<E> { old, new, table: &table, shifts: &shifts, buffers, counts: &mut counts });
+    level.run(Split::<E> { old, new, table: &table, shifts: &shifts, buffers, counts });
     let same: usize = counts.iter().map(|counts| counts[0] as usize).sum();
-    let chances: Vec<_> = counts[..classes.count()].iter().map(|counts| Chances::of(counts)).collect();
+    let chances: Vec<_> = counts.iter().map(|counts| Chances::of(counts)).collect();
     buffers.encode.fill(chances.iter());
-    let stream = rans::encode(level, &buffers.encode, &buffers.classes, &buffers.tokens, &mut buffers.words);
+    let stream = rans::encode(
+        level,
+        &buffers.encode,
+        &buffers.classes[..old.len()],
+        &buffers.tokens[..old.len()],
+        &mut buffers.words,
+    );
     out.reserve(4096 + 2 * stream.words() + buffers.low.len());
     let mut bits = BitWriter::new(out);
     bits.exp_golomb((old.len() - same) as u64, COUNT_ORDER);
@@ -90,46 +97,116 @@ pub(super) fn encode<E: Elem>(
 }
 
 const DELTA_TOKENS: Tokens = Tokens { direct: DELTA_DIRECT };
+/// The last token that is a value, of a step or of its high bits, plus 1.
+const LAST_DIRECT: u8 = DELTA_DIRECT as u8;
+/// Tokens are below this: direct ones, those by a number of bits of at most 64, and the one for no change.
+const TOKENS: usize = 128;
 
 /// Fills the tokens, the classes and the low bits of a delta, and counts the tokens.
 struct Split<'a, E: Elem> {
     old: &'a [E::Raw],
     new: &'a [E::Raw],
     table: &'a [u8; 256],
-    shifts: &'a [u32; MAX],
+    shifts: &'a [u8; 256],
     buffers: &'a mut Buffers,
-    counts: &'a mut [[u32; 256]; MAX],
+    /// How often each token comes up, for each class.
+    counts: &'a mut [[u32; TOKENS]],
 }
 
 impl<E: Elem> Kernel for Split<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, _: I) {
-        let Buffers { tokens, classes, low: low_bits, .. } = self.buffers;
+    fn run<I: Isa>(self, isa: I) {
+        let Self { old, new, table, shifts, buffers, counts } = self;
+        let Buffers { tokens, classes, low: low_bits, .. } = buffers;
         let mut low_bits = BitWriter::new(low_bits);
-        let places = tokens.iter_mut().zip(classes.iter_mut());
-        for ((place, class_place), (old, new)) in places.zip(self.old.iter().zip(self.new)) {
-            let (old, new) = (E::load(*old), E::load(*new));
-            let class = usize::from(self.table[usize::from(old.key())]) % MAX;
-            let mut token = 0;
-            if let Some(value) = new.minus(old).zigzag().wide().checked_sub(1) {
-                let shift = self.shifts[class];
-                let bare = DELTA_TOKENS.of(value >> shift);
-                token = bare + 1;
-                if u64::from(bare) < DELTA_DIRECT {
-                    low_bits.put_wide(value & low(shift), shift);
-                } else {
+        let pairs = old.chunks(64).zip(new.chunks(64));
+        let places = tokens.as_chunks_mut::<64>().0.iter_mut().zip(classes.as_chunks_mut::<64>().0);
+        for ((old, new), (tokens, classes)) in pairs.zip(places) {
+            let there = low(old.len() as u32);
+            let (mut old_room, mut new_room) = ([E::default().store(); 64], [E::default().store(); 64]);
+            let (old, new) = (whole::<E>(old, &mut old_room), whole::<E>(new, &mut new_room));
+            *classes = isa.look_up(table, &keys::<E>(old));
+            let shift = isa.look_up(shifts, classes);
+            for at in 0..64 {
+                let step = E::load(new[at]).minus(E::load(old[at])).zigzag();
+                let some = E::narrow(u64::from(step != E::default()));
+                let high = step.minus(some).shifted(u32::from(shift[at]) % E::BITS).at_most_255();
+                tokens[at] = high.min(254) + some.at_most_255();
+            }
+            // Those that say not all there is to say.
+            let mut rest = isa.nonzero(&with_low_bits(tokens, &shift));
+            while rest != 0 {
+                let at = rest.trailing_zeros() as usize % 64;
+                rest &= rest - 1;
+                let value = E::load(new[at]).minus(E::load(old[at])).zigzag().wide() - 1;
+                let shift = u32::from(shift[at]);
+                low_bits.put_wide(value & low(shift), shift);
+                if tokens[at] > LAST_DIRECT {
+                    let bare = DELTA_TOKENS.of(value >> shift);
                     let extra = DELTA_TOKENS.extra_bits(bare);
-                    low_bits.put_wide(value & low(shift), shift);
                     low_bits.put_wide(DELTA_TOKENS.extra(value >> shift, extra), extra);
+                    tokens[at] = bare + 1;
                 }
             }
-            self.counts[class][usize::from(token)] += 1;
-            *place = token;
-            *class_place = class as u8;
+            let mut changed = isa.nonzero(tokens);
+            for (class, counts) in counts.iter_mut().enumerate() {
+                let mut same = [0; 64];
+                for at in 0..64 {
+                    same[at] = u8::from(classes[at] == class as u8);
+                }
+                counts[0] += (isa.nonzero(&same) & !changed & there).count_ones();
+            }
+            while changed != 0 {
+                let at = changed.trailing_zeros() as usize % 64;
+                changed &= changed - 1;
+                if let Some(counts) = counts.get_mut(usize::from(classes[at])) {
+                    counts[usize::from(tokens[at]) % TOKENS] += 1;
+                }
+            }
         }
         low_bits.finish();
+    }
+}
+
+/// All of a chunk, in `room` if it has fewer than 64.
+#[inline(always)]
+fn whole<'a, E: Elem>(chunk: &'a [E::Raw], room: &'a mut [E::Raw; 64]) -> &'a [E::Raw; 64] {
+    match chunk.as_array() {
+        Some(all) => all,
+        None => {
+            room[..chunk.len()].copy_from_slice(chunk);
+            room
+        }
+    }
+}
+
+#[inline(always)]
+fn keys<E: Elem>(old: &[E::Raw; 64]) -> [u8; 64] {
+    let mut keys = [0; 64];
+    for at in 0..64 {
+        keys[at] = E::load(old[at]).key();
+    }
+    keys
+}
+
+/// The class of each element of a parent.
+struct Sort<'a, E: Elem> {
+    old: &'a [E::Raw],
+    table: &'a [u8; 256],
+    classes: &'a mut [u8],
+}
+
+impl<E: Elem> Kernel for Sort<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        for (old, classes) in self.old.chunks(64).zip(self.classes.as_chunks_mut::<64>().0) {
+            let mut room = [E::default().store(); 64];
+            *classes = isa.look_up(self.table, &keys::<E>(whole::<E>(old, &mut room)));
+        }
     }
 }
 
@@ -138,7 +215,7 @@ struct Join<'a, 'b, E: Elem> {
     target: &'a mut [E::Raw],
     tokens: &'a [u8],
     classes: &'a [u8],
-    shifts: &'a [u32; MAX],
+    shifts: &'a [u8; 256],
     low_bits: BitReader<'b>,
 }
 
@@ -146,34 +223,64 @@ impl<'b, E: Elem> Kernel for Join<'_, 'b, E> {
     type Output = (u64, BitReader<'b>);
 
     #[inline(always)]
-    fn run<I: Isa>(self, _: I) -> Self::Output {
-        let mut low_bits = self.low_bits;
+    fn run<I: Isa>(self, isa: I) -> Self::Output {
+        let Self { target, tokens, classes, shifts, mut low_bits } = self;
         let mut changed = 0;
-        for ((raw, &token), &class) in self.target.iter_mut().zip(self.tokens).zip(self.classes) {
-            let Some(bare) = token.checked_sub(1) else { continue };
-            changed += 1;
-            let shift = self.shifts[usize::from(class) % MAX];
-            let bottom = low_bits.take_wide(shift);
-            let high = if u64::from(bare) < DELTA_DIRECT {
-                u64::from(bare)
-            } else {
-                let extra = DELTA_TOKENS.extra_bits(bare).min(64);
-                DELTA_TOKENS.value(extra, low_bits.take_wide(extra))
+        let places = tokens.as_chunks::<64>().0.iter().zip(classes.as_chunks::<64>().0);
+        for (target, (tokens, classes)) in target.chunks_mut(64).zip(places) {
+            changed += u64::from((isa.nonzero(tokens) & low(target.len() as u32)).count_ones());
+            let shift = isa.look_up(shifts, classes);
+            let with_low_bits = with_low_bits(tokens, &shift);
+            let mut direct = [0; 64];
+            for at in 0..64 {
+                direct[at] = if with_low_bits[at] == 0 { tokens[at] } else { 0 };
+            }
+            let join = |raw: &mut E::Raw, token: u8| {
+                *raw = E::load(*raw).plus(E::narrow(u64::from(token)).unzigzag()).store();
             };
-            let step = E::narrow((high.checked_shl(shift).unwrap_or(0) | bottom).wrapping_add(1)).unzigzag();
-            *raw = E::load(*raw).plus(step).store();
+            match target.as_mut_array::<64>() {
+                Some(target) => target.iter_mut().zip(direct).for_each(|(raw, token)| join(raw, token)),
+                None => target.iter_mut().zip(direct).for_each(|(raw, token)| join(raw, token)),
+            }
+            let mut rest = isa.nonzero(&with_low_bits);
+            while rest != 0 {
+                let at = rest.trailing_zeros() as usize % 64;
+                rest &= rest - 1;
+                let Some(raw) = target.get_mut(at) else { break };
+                let (bare, shift) = (tokens[at] - 1, u32::from(shift[at]));
+                let bottom = low_bits.take_wide(shift);
+                let high = if tokens[at] <= LAST_DIRECT {
+                    u64::from(bare)
+                } else {
+                    let extra = DELTA_TOKENS.extra_bits(bare).min(64);
+                    DELTA_TOKENS.value(extra, low_bits.take_wide(extra))
+                };
+                let value = high.checked_shl(shift).unwrap_or(0) | bottom;
+                let step = E::narrow(value.wrapping_add(1)).unzigzag();
+                *raw = E::load(*raw).plus(step).store();
+            }
         }
         (changed, low_bits)
     }
 }
 
-/// The low bits of each class that are as good as random: a token counts 8 to 16 of its mean.
-fn shifts(census: &Census, classes: &Classes) -> [u32; MAX] {
-    let mut shifts = [0; MAX];
+/// Not 0 for elements that change and have low bits or a token that stands for several values.
+#[inline(always)]
+fn with_low_bits(tokens: &[u8; 64], shifts: &[u8; 64]) -> [u8; 64] {
+    let mut rest = [0; 64];
+    for ((rest, &token), &shift) in rest.iter_mut().zip(tokens).zip(shifts) {
+        *rest = u8::from(token > LAST_DIRECT) | u8::from(token != 0) & u8::from(shift != 0);
+    }
+    rest
+}
+
+/// By class, the low bits that are as good as random: a token counts 8 to 16 of its mean.
+fn shifts<E: Elem>(census: &Census, classes: &Classes) -> [u8; 256] {
+    let mut shifts = [0; 256];
     for (stats, shift) in census.by_class(classes).zip(&mut shifts) {
         // The zigzag of a magnitude is twice as large.
         let mean = 2 * stats.magnitude / stats.changed.max(1);
-        *shift = mean.max(1).ilog2().saturating_sub(3);
+        *shift = mean.max(1).ilog2().saturating_sub(3).min(E::BITS - 1) as u8;
     }
     shifts
 }
@@ -194,19 +301,20 @@ pub(super) fn decode<E: Elem>(
     let mut bits = BitReader::new(body);
     let changed = bits.exp_golomb(COUNT_ORDER)?;
     let classes = Classes::read(&mut bits)?;
-    let (mut shifts, mut chances) = ([0; MAX], Vec::with_capacity(MAX));
+    let (mut shifts, mut chances) = ([0; 256], Vec::with_capacity(MAX));
     for shift in shifts.iter_mut().take(classes.count()) {
-        *shift = bits.take(6) as u32;
+        *shift = bits.take(6) as u8;
         chances.push(Chances::read(&mut bits)?);
     }
     let words = bits.exp_golomb(COUNT_ORDER)?;
     let (stream, packed) = split(bits.rest()?, rans::stream_len(target.len(), words))?;
-    let table = classes.table();
-    buffers.classes.clear();
-    buffers.classes.extend(target.iter().map(|&raw| table[usize::from(E::load(raw).key())]));
-    buffers.tokens.resize(target.len(), 0);
+    let room = target.len().next_multiple_of(64);
+    buffers.classes.resize(room, 0);
+    level.run(Sort::<E> { old: target, table: &classes.table(), classes: &mut buffers.classes });
+    buffers.tokens.resize(room, 0);
     buffers.decode.fill(&chances);
-    rans::decode(level, &buffers.decode, &buffers.classes, &mut buffers.tokens, stream)?;
+    let (classes, tokens) = (&buffers.classes[..target.len()], &mut buffers.tokens[..target.len()]);
+    rans::decode(level, &buffers.decode, classes, tokens, stream)?;
     let join = Join::<E> {
         target,
         tokens: &buffers.tokens,

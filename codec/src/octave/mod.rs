@@ -36,7 +36,7 @@ pub use simd::Instructions;
 /// The bytes of a block. A matrix of a small model is one; its header does not weigh, and it stays in the cache.
 const BLOCK: NonZeroUsize = NonZeroUsize::new(2 << 20).unwrap();
 /// A block is dense if more than one element in so many changes.
-const DENSE: usize = 3;
+const DENSE: usize = 16;
 /// Blocks below this many elements have no room for the tables of the dense form.
 const FEW: usize = 4096;
 
