@@ -375,7 +375,7 @@ fn golden_blocks() -> Vec<Block> {
             if at < next {
                 return 0;
             }
-            next = at + 1 + mix.below(16);
+            next = at + 1 + mix.below(64);
             sign(1 + mix.below(16), mix)
         });
         add("few large", 9000, 0, &mut |mix, _, _| match mix.below(600) {
@@ -384,9 +384,9 @@ fn golden_blocks() -> Vec<Block> {
             _ => 0,
         });
         // Magnitudes that follow a law; with tables for 1, 4 and 32 states.
-        for (name, length) in [("short", 3000), ("middle", 12_000), ("long", 60_000)] {
-            add(name, length, 0, &mut |mix, _, _| match mix.below(8) {
-                0 => sign(1 + u64::from(mix.next().trailing_zeros()), mix),
+        for (name, length) in [("short", 3000), ("middle", 24_000), ("long", 100_000)] {
+            add(name, length, 0, &mut |mix, _, _| match mix.below(20) {
+                0 => sign([1, 1, 1, 7, 8][mix.below(5) as usize], mix),
                 _ => 0,
             });
         }

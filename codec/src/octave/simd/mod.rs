@@ -1,4 +1,4 @@
-//! The loops that depend on the processor, and the only module of this crate with `unsafe` code.
+//! The loops that depend on the processor: with `x86`, the only code of this crate that is `unsafe`.
 //!
 //! A [`Kernel`] is written once, for any [`Isa`]. [`Instructions::run`] compiles it for each set of instructions and picks
 //! one at run time. Two things make that sound, and each `unsafe` block names the one it rests on:

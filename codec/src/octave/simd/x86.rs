@@ -191,8 +191,8 @@ impl Isa for Avx512 {
         // The four bits of each element's class, then for each class the elements that have all of its bits.
         let mut planes = [[0u64; WORDS]; 4];
         match Narrow::of(classes, table) {
-            Some(narrow) => self.planes(keys, &mut planes, narrow),
-            None => self.planes(keys, &mut planes, Wide::of(table)),
+            Some(narrow) => self.planes(keys, &mut planes, &narrow),
+            None => self.planes(keys, &mut planes, &Wide::of(table)),
         }
         for (class, mask) in masks.iter_mut().enumerate().take(classes.count()) {
             // SAFETY: token; bounds: 8 words of 64 of each plane and of the mask.
@@ -466,7 +466,7 @@ impl LookUp for Wide<'_> {
 impl Avx512 {
     /// Sets the four bits of the class of each key.
     #[inline(always)]
-    fn planes(self, keys: &[u8; TILE], planes: &mut [[u64; WORDS]; 4], classes: impl LookUp) {
+    fn planes(self, keys: &[u8; TILE], planes: &mut [[u64; WORDS]; 4], classes: &impl LookUp) {
         let [plane0, plane1, plane2, plane3] = planes;
         for (word, keys) in keys.as_chunks::<64>().0.iter().enumerate() {
             let class = classes.entries(self, keys);
