@@ -47,10 +47,10 @@ pub(super) fn encode<E: Elem>(level: Instructions, new: &[E::Raw], buffers: &mut
             counts[usize::from(*token)] += 1;
         });
     }
-    buffers.one_class(new.len());
+    let one_class = buffers.zeros.take(new.len());
     let chances = [Chances::of(&counts)];
     buffers.encode.fill(chances.iter());
-    let stream = rans::encode(level, &buffers.encode, &buffers.classes, &buffers.tokens, &mut buffers.words);
+    let stream = rans::encode(level, &buffers.encode, one_class, &buffers.tokens, &mut buffers.words);
     out.reserve(4096 + 2 * stream.words() + new.len() * shift as usize / 8);
     let mut bits = BitWriter::new(out);
     bits.put(start, 16);
@@ -158,20 +158,20 @@ impl<E: Elem> Kernel for Pack<'_, E> {
         let Self { new, shift, out } = self;
         let mut rest = new;
         if shift == SEVEN {
-            let (chunks, behind) = new.as_chunks::<64>();
+            let (chunks, behind) = new.as_chunks::<512>();
             for chunk in chunks {
-                let mut bytes = [0; 64];
+                let mut bytes = [0; 512];
                 for (byte, &raw) in bytes.iter_mut().zip(chunk) {
                     *byte = E::load(raw).sign_last().wide() as u8;
                 }
-                let mut packed = [0; 64];
+                // Each write takes one byte more than it needs.
+                let mut packed = [0; 449];
                 for (at, eight) in bytes.as_chunks::<8>().0.iter().enumerate() {
-                    // Each write takes one byte more than it needs.
                     if let Some(place) = packed[at * 7..].first_chunk_mut() {
                         *place = isa.seven_of_eight(u64::from_le_bytes(*eight)).to_le_bytes();
                     }
                 }
-                out.extend_from_slice(&packed[..56]);
+                out.extend_from_slice(&packed[..448]);
             }
             rest = behind;
         }
@@ -244,10 +244,10 @@ pub(super) fn decode<E: Elem>(
     let (stream, rest) = split(bits.rest()?, rans::stream_len(target.len(), words))?;
     let packed = (target.len() as u64 * u64::from(shift)).div_ceil(8);
     let (packed, far) = split(rest, usize::try_from(packed).ok())?;
-    buffers.one_class(target.len());
+    let one_class = buffers.zeros.take(target.len());
     buffers.tokens.resize(target.len(), 0);
     buffers.decode.fill(&chances);
-    rans::decode(level, &buffers.decode, &buffers.classes, &mut buffers.tokens, stream)?;
+    rans::decode(level, &buffers.decode, one_class, &mut buffers.tokens, stream)?;
     let origin = E::narrow(start.checked_shl(shift).unwrap_or(0));
     level.run(Unpack::<E> { tokens: &buffers.tokens, origin, shift, packed, target });
     let mut extra = BitReader::new(far);

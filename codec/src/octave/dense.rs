@@ -24,18 +24,24 @@ pub(super) const COUNT_ORDER: u32 = 12;
 #[derive(Debug, Default)]
 pub(super) struct Buffers {
     pub(super) tokens: Vec<u8>,
-    pub(super) classes: Vec<u8>,
+    classes: Vec<u8>,
+    pub(super) zeros: Zeros,
     low: Vec<u8>,
     pub(super) encode: EncodeTable,
     pub(super) decode: DecodeTable,
     pub(super) words: Words,
 }
 
-impl Buffers {
-    /// All elements are of class 0.
-    pub(super) fn one_class(&mut self, elements: usize) {
-        self.classes.clear();
-        self.classes.resize(elements, 0);
+/// Zeros: the classes of elements that are all of one class.
+#[derive(Debug, Default)]
+pub(super) struct Zeros(Vec<u8>);
+
+impl Zeros {
+    pub(super) fn take(&mut self, count: usize) -> &[u8] {
+        if self.0.len() < count {
+            self.0.resize(count, 0);
+        }
+        &self.0[..count]
     }
 }
 

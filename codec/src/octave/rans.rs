@@ -112,26 +112,23 @@ impl Chances {
 /// What the encoder needs to know of a token, at `class * 256 + token`.
 #[derive(Debug, Default)]
 pub(super) struct EncodeTable {
-    /// The chance in 13 bits, the sum of those before it in 12, the shift behind the multiplication in 5.
-    pub(super) packed: Vec<u32>,
-    /// The reciprocal of the chance, 2^(31 + shift) / chance rounded up: exact for states below 2^31.
-    pub(super) reciprocal: Vec<u32>,
+    /// From the lowest bit: the chance in 13 bits, the sum of those before it in 12, the shift behind the multiplication
+    /// in 7; the reciprocal of the chance, 2^(31 + shift) / chance rounded up, in 32: exact for states below 2^31.
+    pub(super) entries: Vec<u64>,
 }
 
 impl EncodeTable {
     pub(super) fn fill<'a>(&mut self, tables: impl ExactSizeIterator<Item = &'a Chances>) {
-        self.packed.clear();
-        self.reciprocal.clear();
-        self.packed.resize(tables.len() * 256, 1);
-        self.reciprocal.resize(tables.len() * 256, 0);
+        self.entries.clear();
+        self.entries.resize(tables.len() * 256, 1);
         for (class, chances) in tables.enumerate() {
             let mut before = 0;
             for (token, &chance) in chances.0.iter().enumerate().filter(|(_, chance)| **chance > 0) {
                 let shift = chance.next_power_of_two().ilog2();
-                let at = class * 256 + token;
-                self.packed[at] = chance | before << 13 | shift << 25;
                 // Below 2^32, since the chance is above half of 2^shift.
-                self.reciprocal[at] = (1u64 << (31 + shift)).div_ceil(u64::from(chance)) as u32;
+                let reciprocal = (1u64 << (31 + shift)).div_ceil(u64::from(chance));
+                self.entries[class * 256 + token] =
+                    reciprocal << 32 | u64::from(chance | before << 13 | shift << 25);
                 before += chance;
             }
         }
@@ -139,13 +136,13 @@ impl EncodeTable {
 
     #[inline(always)]
     fn step(&self, at: usize, state: &mut u32, mut emit: impl FnMut(u16)) {
-        let (packed, reciprocal) = (self.packed[at], self.reciprocal[at]);
+        let (packed, reciprocal) = (self.entries[at] as u32, self.entries[at] >> 32);
         let (chance, before, shift) = (packed & 0x1fff, packed >> 13 & 0xfff, packed >> 25);
         if *state >= chance << 19 {
             emit(*state as u16);
             *state >>= 16;
         }
-        let quotient = ((u64::from(*state) * u64::from(reciprocal)) >> (31 + shift)) as u32;
+        let quotient = ((u64::from(*state) * reciprocal) >> (31 + shift)) as u32;
         *state += before + quotient * (TOTAL - chance);
     }
 }
@@ -359,7 +356,7 @@ mod tests {
         for chance in 1..=TOTAL {
             let mut table = EncodeTable::default();
             table.fill([Chances(vec![chance])].iter());
-            let (packed, reciprocal) = (table.packed[0], u64::from(table.reciprocal[0]));
+            let (packed, reciprocal) = (table.entries[0] as u32, table.entries[0] >> 32);
             for state in [chance, LOWEST, 123_456_789, (1 << 31) - 1, ((1u32 << 31) - 1) / chance * chance] {
                 for state in [state.saturating_sub(1), state, (state + 1).min((1 << 31) - 1)] {
                     let quotient = (u64::from(state) * reciprocal) >> (31 + (packed >> 25));
