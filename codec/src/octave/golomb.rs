@@ -43,6 +43,18 @@ impl Golomb {
         if self.thirds { 2 * self.shift + 2 } else { (2 * self.shift).saturating_sub(1) }
     }
 
+    /// This divisor, if it is three times a power of two.
+    #[inline(always)]
+    pub(super) fn thirds(self) -> Option<Self> {
+        self.thirds.then_some(Self { thirds: true, ..self })
+    }
+
+    /// This divisor, which is a power of two.
+    #[inline(always)]
+    pub(super) fn whole(self) -> Self {
+        Self { thirds: false, ..self }
+    }
+
     /// The best divisor for `count` numbers, of which zeros may be left out, and about the bits that they take.
     #[inline(always)]
     pub(super) fn best(count: usize, numbers: &(impl Iterator<Item = u64> + Clone)) -> (Self, u64) {
@@ -112,10 +124,9 @@ impl BitWriter<'_> {
     #[inline(always)]
     pub(super) fn golomb_each(&mut self, numbers: impl Iterator<Item = u64>, divisor: Golomb) {
         // The compiler makes a loop of each.
-        if divisor.thirds {
-            self.golomb_loop(numbers, Golomb { thirds: true, ..divisor });
-        } else {
-            self.golomb_loop(numbers, Golomb { thirds: false, ..divisor });
+        match divisor.thirds() {
+            Some(divisor) => self.golomb_loop(numbers, divisor),
+            None => self.golomb_loop(numbers, divisor.whole()),
         }
     }
 

@@ -162,7 +162,14 @@ pub(super) fn read_numbers(
 ) -> Result<()> {
     match form {
         Numbers::Zero => (0..count).try_for_each(|index| take(index, 0)),
-        Numbers::Each(divisor) => (0..count).try_for_each(|index| take(index, bits.golomb(divisor)?)),
+        Numbers::Each(divisor) => {
+            // The compiler makes a loop of each.
+            if let Some(divisor) = divisor.thirds() {
+                (0..count).try_for_each(|index| take(index, bits.golomb(divisor)?))
+            } else {
+                (0..count).try_for_each(|index| take(index, bits.golomb(divisor.whole())?))
+            }
+        }
         Numbers::Fixed { bits: length } => (0..count).try_for_each(|index| take(index, bits.take(length))),
         Numbers::Listed { count: listed, zeros, value } => {
             let mut done = 0;

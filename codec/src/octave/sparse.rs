@@ -398,13 +398,9 @@ pub(super) fn decode<E: Elem>(
         let rest = bits.rest()?;
         bits = BitReader::new(buffers.decode(level, &header, rest)?);
     }
-    let mut tokens = buffers.tokens.iter();
-    let mut ends = [0; MAX];
-    for (&(count, gaps, magnitudes), end) in header.plans.iter().zip(&mut ends) {
-        changes.read(&mut bits, count, gaps, magnitudes, &mut tokens, target.len())?;
-        *end = changes.ranks.len();
-    }
-    bits.finish()?;
+    let tokens = buffers.tokens.iter();
+    let read = ReadChanges { bits, plans: &header.plans, tokens, changes, elements: target.len() };
+    let ends = level.run(read)?;
     let patch = Patch::<E> { target, classes: &header.classes, changes, ends, tile };
     if level.run(patch) {
         return Ok(());
@@ -454,9 +450,34 @@ impl Buffers {
     }
 }
 
+/// Reads the changes of all classes; returns where those of each end.
+struct ReadChanges<'a> {
+    bits: BitReader<'a>,
+    plans: &'a [(usize, Numbers, Numbers)],
+    tokens: std::slice::Iter<'a, u8>,
+    changes: &'a mut Changes,
+    elements: usize,
+}
+
+impl Kernel for ReadChanges<'_> {
+    type Output = Result<[usize; MAX]>;
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, _: I) -> Self::Output {
+        let mut ends = [0; MAX];
+        for (&(count, gaps, magnitudes), end) in self.plans.iter().zip(&mut ends) {
+            let Self { bits, tokens, changes, elements, .. } = &mut self;
+            changes.read(bits, count, gaps, magnitudes, tokens, *elements)?;
+            *end = changes.ranks.len();
+        }
+        self.bits.finish()?;
+        Ok(ends)
+    }
+}
+
 impl Changes {
     /// Reads the `count` changes of a class.
-    #[inline(never)]
+    #[inline(always)]
     fn read(
         &mut self,
         bits: &mut BitReader<'_>,
