@@ -4,7 +4,7 @@
 use towline_core::Result;
 
 use super::bits::{BitReader, BitWriter, low};
-use super::classes::{SAMPLE, STRETCH};
+use super::classes::{SAMPLE, STRETCH, tally};
 use super::dense::{Buffers, COUNT_ORDER, split};
 use super::elem::Elem;
 use super::rans::{self, Chances};
@@ -36,8 +36,7 @@ pub(super) fn encode<E: Elem>(level: Instructions, new: &[E::Raw], buffers: &mut
     let high = |raw: &E::Raw| E::load(*raw).sign_last().minus(origin).wide() >> shift;
     buffers.tokens.resize(new.len(), 0);
     level.run(High::<E> { new, origin, shift, tokens: &mut buffers.tokens });
-    let mut counts = [0; 256];
-    count(&buffers.tokens, &mut counts);
+    let mut counts = tally(std::iter::once(buffers.tokens.as_slice()));
     let direct = tokens.direct.min(256) as usize;
     let far = counts[direct..].iter().any(|&count| count > 0);
     if far {
@@ -104,24 +103,6 @@ fn window<E: Elem>(new: &[E::Raw], shift: u32, tokens: Tokens) -> u64 {
     // Only what has a token needs one: begin at the first key that is there.
     let first = keys[best..best + length].iter().position(|&count| count > 0).unwrap_or(0);
     ((best + first) as u64) << below
-}
-
-/// Counts tokens in several tables, because equal ones come in a row and one count would wait for the other.
-#[inline(never)]
-fn count(tokens: &[u8], counts: &mut [u32; 256]) {
-    let mut tables = [[0u32; 256]; 8];
-    let (eights, rest) = tokens.as_chunks::<8>();
-    for eight in eights {
-        let mut eight = u64::from_le_bytes(*eight);
-        for table in &mut tables {
-            table[(eight & 0xff) as usize] += 1;
-            eight >>= 8;
-        }
-    }
-    rest.iter().for_each(|&token| counts[usize::from(token)] += 1);
-    for table in &tables {
-        counts.iter_mut().zip(table).for_each(|(sum, count)| *sum += count);
-    }
 }
 
 /// Sets each token to the element's high bits, the sign last, at most 255.

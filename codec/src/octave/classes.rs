@@ -105,20 +105,10 @@ impl Census {
     /// Counts a sample of `keys`, in place of what was counted before.
     #[inline(never)]
     pub(super) fn count(&mut self, keys: &[u8]) {
-        let mut counts = [[0u32; 256]; 2];
-        let mut seen = 0;
-        for stretch in keys.chunks(STRETCH).step_by((keys.len() / SAMPLE).max(1)) {
-            seen += stretch.len();
-            for pair in stretch.chunks(2) {
-                // Two tables, because equal keys come in a row and one count would wait for the other.
-                for (count, &key) in counts.iter_mut().zip(pair) {
-                    count[usize::from(key)] += 1;
-                }
-            }
-        }
-        for (key, stats) in self.0.iter_mut().enumerate() {
-            let count = u64::from(counts[0][key]) + u64::from(counts[1][key]);
-            stats.elements = count * keys.len() as u64 / seen.max(1) as u64;
+        let stretches = keys.chunks(STRETCH).step_by((keys.len() / SAMPLE).max(1));
+        let seen: usize = stretches.clone().map(<[u8]>::len).sum();
+        for (stats, count) in self.0.iter_mut().zip(tally(stretches)) {
+            stats.elements = u64::from(count) * keys.len() as u64 / seen.max(1) as u64;
         }
     }
 
@@ -187,6 +177,27 @@ impl Census {
         }
         Classes { bounds: classes.iter().skip(1).map(|class| class.first).collect() }
     }
+}
+
+/// How often each byte comes up.
+#[inline(never)]
+pub(super) fn tally<'a>(parts: impl Iterator<Item = &'a [u8]>) -> [u32; 256] {
+    // Several tables, because equal bytes come in a row and one count would wait for the other.
+    let mut tables = [[0u32; 256]; 8];
+    for part in parts {
+        let (eights, rest) = part.as_chunks::<8>();
+        for eight in eights {
+            let mut eight = u64::from_le_bytes(*eight);
+            for table in &mut tables {
+                table[(eight & 0xff) as usize] += 1;
+                eight >>= 8;
+            }
+        }
+        rest.iter().for_each(|&byte| tables[0][usize::from(byte)] += 1);
+    }
+    let [mut sums, more @ ..] = tables;
+    more.iter().for_each(|table| sums.iter_mut().zip(table).for_each(|(sum, count)| *sum += count));
+    sums
 }
 
 /// The entropy in bits of `events` among `trials` that all have the same chance.
