@@ -1,11 +1,12 @@
 //! Encodes a set of tensors, span by span.
 
+use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
-use super::{Limits, poisoned, run, spans};
+use super::{Limits, spans};
 use crate::digest::BlockHasher;
 use crate::id::shown;
 use crate::tensor::same_tensors;
@@ -56,41 +57,197 @@ pub fn encode(
             .map_err(|error| error.context("the weights do not fit their parent").with_help("save a base"))?;
     }
     let unit = codec.unit();
-    let mut spans = current
-        .tensors()
-        .iter()
-        .enumerate()
-        .flat_map(|(index, meta)| spans(unit, meta.byte_len()).map(move |range| (index, meta, range)))
-        .peekable();
-    let mut whole: Option<(usize, Pair)> = None;
+    let tensors = current.tensors().iter().enumerate();
+    let spans: Vec<Span<'_>> = tensors
+        .flat_map(|(index, meta)| spans(unit, meta.byte_len()).map(move |range| Span { index, meta, range }))
+        .collect();
+    let work = Work { codec, current, parent, window: limits.window, spans };
+    let shared = Shared::default();
     let mut open = Open::default();
-    while spans.peek().is_some() {
-        let (mut batch, mut size) = (Vec::new(), 0usize);
-        while let Some((index, meta, range)) =
-            spans.next_if(|span| batch.is_empty() || size.saturating_add(span.2.len()) <= limits.window)
-        {
-            size = size.saturating_add(range.len());
-            let read = match &whole {
-                // Larger ones are read span by span, on the thread that works on the span.
-                _ if meta.byte_len() > limits.window && unit != Unit::Whole => None,
-                Some((at, pair)) if *at == index => Some(pair.clone()),
-                _ => {
-                    let pair = Pair::read(current, parent, index, None)?;
-                    whole = Some((index, pair.clone()));
-                    Some(pair)
+    std::thread::scope(|scope| {
+        for _ in 1..limits.threads.get().min(work.spans.len()) {
+            scope.spawn(|| {
+                while let Some(job) = shared.claim(&work, true) {
+                    shared.run(&work, job);
                 }
-            };
-            batch.push(Job { index, meta, range, read, done: Mutex::default() });
+            });
         }
-        run(batch.len(), limits.threads, |at| {
-            batch.get(at).map_or(Ok(()), |job| job.run(codec, current, parent))
-        })?;
-        for job in &batch {
-            open.add(job, std::mem::take(&mut *job.done.lock().map_err(poisoned)?), emit)?;
+        // However this ends, by a panic of `emit` too, the other threads must end.
+        let _stop = Stop { shared: &shared, always: true };
+        // The caller's thread works too, and hands on what is done, in order, before it takes more.
+        loop {
+            for (span, done) in shared.take_done(&work)? {
+                open.add(span, done, limits.window, emit)?;
+            }
+            match shared.claim(&work, false) {
+                Some(job) => shared.run(&work, job),
+                None if shared.wait(&work) => {}
+                None => return Ok(()),
+            }
         }
-        open.flush(emit)?;
+    })
+}
+
+/// One span of a tensor: what one thread encodes and digests while it is in the cache.
+struct Span<'a> {
+    index: usize,
+    meta: &'a TensorMeta,
+    range: Range<usize>,
+}
+
+/// What there is to do.
+struct Work<'a> {
+    codec: &'a dyn Codec,
+    current: &'a dyn TensorSource,
+    parent: Option<&'a dyn TensorSource>,
+    window: usize,
+    spans: Vec<Span<'a>>,
+}
+
+/// A span that a thread has claimed: its place in the list, and its tensor if that was read whole.
+type Claimed = (usize, Option<Pair>);
+
+/// What the threads know of each other's work.
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// The next span that is not claimed.
+    next: usize,
+    /// The next span that is not handed on.
+    first: usize,
+    /// What became of the spans from `first` on.
+    done: VecDeque<Option<Done>>,
+    /// The bytes of the spans between both.
+    claimed: usize,
+    /// The tensor that was read last.
+    whole: Option<(usize, Pair)>,
+    failed: Option<Error>,
+    stopped: bool,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-    Ok(())
+
+    /// The next span, if there is one and the window has room for it. Or waits for room.
+    fn claim(&self, work: &Work<'_>, wait: bool) -> Option<Claimed> {
+        let mut state = self.lock();
+        loop {
+            let span = work.spans.get(state.next).filter(|_| !state.stopped)?;
+            let size = state.claimed.saturating_add(span.range.len());
+            if state.first == state.next || size <= work.window {
+                let read = state.read(work, span).map_err(|error| state.fail(error)).ok();
+                let Some(read) = read else {
+                    self.changed.notify_all();
+                    return None;
+                };
+                state.claimed = size;
+                state.next += 1;
+                state.done.push_back(None);
+                return Some((state.next - 1, read));
+            }
+            if !wait {
+                return None;
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn run(&self, work: &Work<'_>, (at, read): Claimed) {
+        // A codec that panics must not leave the other threads waiting; the panic goes on when they have ended.
+        let stop = Stop { shared: self, always: false };
+        let done = match work.spans.get(at) {
+            Some(span) => span.run(work, read),
+            None => Err(Error::internal("a span that is not in the list")),
+        };
+        drop(stop);
+        let mut state = self.lock();
+        match done {
+            Ok(done) => {
+                let place = at - state.first;
+                if let Some(place) = state.done.get_mut(place) {
+                    *place = Some(done);
+                }
+            }
+            Err(error) => state.fail(error),
+        }
+        self.changed.notify_all();
+    }
+
+    /// The spans that are done, as far as all before them are.
+    fn take_done<'a>(&self, work: &'a Work<'_>) -> Result<Vec<(&'a Span<'a>, Done)>> {
+        let mut state = self.lock();
+        if let Some(error) = state.failed.take() {
+            return Err(error);
+        }
+        let mut taken = Vec::new();
+        while let Some(Some(done)) = state.done.front_mut().map(Option::take) {
+            state.done.pop_front();
+            let Some(span) = work.spans.get(state.first) else { break };
+            state.first += 1;
+            state.claimed -= span.range.len();
+            taken.push((span, done));
+        }
+        if !taken.is_empty() {
+            self.changed.notify_all();
+        }
+        Ok(taken)
+    }
+
+    /// Waits until the first span is done or something failed; `false` if nothing is left to wait for.
+    fn wait(&self, work: &Work<'_>) -> bool {
+        let mut state = self.lock();
+        loop {
+            if state.failed.is_some() || matches!(state.done.front(), Some(Some(_))) {
+                return true;
+            }
+            if state.stopped || state.first == work.spans.len() {
+                return false;
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// Stops all threads when it is dropped: in a panic, or always.
+struct Stop<'a> {
+    shared: &'a Shared,
+    always: bool,
+}
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        if self.always || std::thread::panicking() {
+            self.shared.lock().stopped = true;
+            self.shared.changed.notify_all();
+        }
+    }
+}
+
+impl State {
+    /// The tensor of a span, if it is to be read whole: larger ones are read span by span, each on the thread that
+    /// works on it.
+    fn read(&mut self, work: &Work<'_>, span: &Span<'_>) -> Result<Option<Pair>> {
+        if span.meta.byte_len() > work.window && work.codec.unit() != Unit::Whole {
+            return Ok(None);
+        }
+        if self.whole.as_ref().is_none_or(|(index, _)| *index != span.index) {
+            self.whole = None;
+            self.whole = Some((span.index, Pair::read(work.current, work.parent, span.index, None)?));
+        }
+        Ok(self.whole.as_ref().map(|(_, pair)| pair.clone()))
+    }
+
+    fn fail(&mut self, error: Error) {
+        self.failed.get_or_insert(error);
+        self.stopped = true;
+    }
 }
 
 /// The bytes of a tensor and of its parent.
@@ -120,16 +277,6 @@ impl Pair {
     }
 }
 
-/// One span of a tensor: what one thread encodes and digests while it is in the cache.
-struct Job<'a> {
-    index: usize,
-    meta: &'a TensorMeta,
-    range: Range<usize>,
-    /// The whole tensor, if it was read.
-    read: Option<Pair>,
-    done: Mutex<Done>,
-}
-
 /// What came of a span.
 #[derive(Default)]
 struct Done {
@@ -141,14 +288,11 @@ struct Done {
     changed: u64,
 }
 
-impl Job<'_> {
-    fn run(
-        &self,
-        codec: &dyn Codec,
-        current: &dyn TensorSource,
-        parent: Option<&dyn TensorSource>,
-    ) -> Result<()> {
-        let pair = match &self.read {
+impl Span<'_> {
+    /// Encodes the span; `whole` is the tensor, if it was read.
+    fn run(&self, work: &Work<'_>, whole: Option<Pair>) -> Result<Done> {
+        let Work { codec, current, parent, .. } = *work;
+        let pair = match whole {
             Some(pair) => pair.slice(&self.range),
             None => Pair::read(current, parent, self.index, Some(&self.range))?,
         };
@@ -171,12 +315,21 @@ impl Job<'_> {
             let current = &pair.current[range.clone()];
             let parent = pair.parent.as_ref().map(|parent| &parent[range.clone()]);
             let mut frame = Vec::new();
+            let mut counted = 0;
             let mut hash_to = |end: usize| {
+                // Elements stay whole.
+                let end = if end < range.len() { end & !7 } else { end };
                 let more = hashed..(range.start + end).clamp(hashed, range.end);
                 hashed = more.end;
-                hasher.update(&pair.current[more.clone()]);
-                if let Some(parent) = &pair.parent {
-                    parent_hasher.update(&parent[more]);
+                let (current, parent) =
+                    (&pair.current[more.clone()], pair.parent.as_ref().map(|parent| &parent[more]));
+                hasher.update(current);
+                if let Some(parent) = parent {
+                    parent_hasher.update(parent);
+                }
+                // Codecs of whole tensors do not count, and the tensor may be too large to count it from the cache later.
+                if codec.unit() == Unit::Whole {
+                    counted += changed(self.meta, parent, current);
                 }
             };
             codec.encode_reading(&unit, parent, current, &mut frame, &mut hash_to).map_err(|error| {
@@ -185,6 +338,7 @@ impl Job<'_> {
             hash_to(range.len());
             done.changed += match parent.and_then(|_| codec.changed(&unit, &frame)) {
                 Some(changed) => changed,
+                None if codec.unit() == Unit::Whole => counted,
                 None => changed(self.meta, parent, current),
             };
             // The buffer grew by doubling; many frames wait to be written.
@@ -202,8 +356,7 @@ impl Job<'_> {
         if codec.unit() == Unit::Whole {
             done.checksum = codec.checksum(&pair.current);
         }
-        *self.done.lock().map_err(poisoned)? = done;
-        Ok(())
+        Ok(done)
     }
 }
 
@@ -221,11 +374,12 @@ struct Open {
 impl Open {
     fn add(
         &mut self,
-        job: &Job<'_>,
+        span: &Span<'_>,
         done: Done,
+        window: usize,
         emit: &mut dyn FnMut(&TensorMeta, Encoded) -> Result<()>,
     ) -> Result<()> {
-        self.meta.get_or_insert_with(|| job.meta.clone());
+        self.meta.get_or_insert_with(|| span.meta.clone());
         self.frames.extend(done.frames);
         self.checks.extend(done.checks);
         self.blocks.extend(done.blocks);
@@ -233,8 +387,9 @@ impl Open {
             self.parent_blocks.get_or_insert_default().extend(blocks);
         }
         self.changed += done.changed;
-        if job.range.end < job.meta.byte_len() {
-            return Ok(());
+        if span.range.end < span.meta.byte_len() {
+            // Tensors above the window are handed on as they come.
+            return if span.meta.byte_len() > window { self.flush(emit) } else { Ok(()) };
         }
         let end = std::mem::take(self);
         let whole = Summary {
@@ -243,10 +398,10 @@ impl Open {
             checksum: done.checksum,
             changed: end.changed,
         };
-        emit(job.meta, Encoded { frames: end.frames, checks: end.checks, whole: Some(whole) })
+        emit(span.meta, Encoded { frames: end.frames, checks: end.checks, whole: Some(whole) })
     }
 
-    /// Hands on what there is of a tensor that goes on in the next batch.
+    /// Hands on what there is of a tensor that goes on.
     fn flush(&mut self, emit: &mut dyn FnMut(&TensorMeta, Encoded) -> Result<()>) -> Result<()> {
         let (frames, checks) = (std::mem::take(&mut self.frames), std::mem::take(&mut self.checks));
         match &self.meta {

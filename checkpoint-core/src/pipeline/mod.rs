@@ -105,7 +105,7 @@ fn poisoned<T>(_: std::sync::PoisonError<T>) -> Error {
 mod tests {
     use super::*;
     use crate::testing::XorCodec;
-    use crate::{Codec, DType, Mode, Weights};
+    use crate::{Codec, CodecId, DType, Mode, Modes, UnitMeta, Weights};
     use bytes::Bytes;
 
     fn weights(seed: u8) -> Weights {
@@ -139,6 +139,71 @@ mod tests {
                 assert_eq!(left.digest, right.digest);
                 assert_eq!(left.changed, right.changed);
             }
+        }
+    }
+
+    /// As `XorCodec`, but fails or panics on tensor `t10`.
+    #[derive(Debug)]
+    struct Faulty {
+        panics: bool,
+    }
+
+    impl Codec for Faulty {
+        fn id(&self) -> CodecId {
+            XorCodec.id()
+        }
+
+        fn unit(&self) -> Unit {
+            XorCodec.unit()
+        }
+
+        fn modes(&self) -> Modes {
+            XorCodec.modes()
+        }
+
+        fn encode(
+            &self,
+            unit: &UnitMeta<'_>,
+            parent: Option<&[u8]>,
+            current: &[u8],
+            out: &mut Vec<u8>,
+        ) -> Result<()> {
+            assert!(!self.panics || unit.name != "t10", "as the test wants");
+            if unit.name == "t10" {
+                return Err(Error::invalid("no"));
+            }
+            XorCodec.encode(unit, parent, current, out)
+        }
+
+        fn decode(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8]) -> Result<()> {
+            XorCodec.decode(unit, mode, encoded, target)
+        }
+    }
+
+    #[test]
+    fn an_error_or_a_panic_ends_all_threads() {
+        for (threads, window) in [(1, 1), (2, 1), (3, 20_000), (8, usize::MAX)] {
+            let limits = Limits::threads(threads).with_window(window);
+            let run = |codec: &dyn Codec, emit: &mut dyn FnMut(&TensorMeta, Encoded) -> Result<()>| {
+                encode(codec, &weights(1), None, limits, emit)
+            };
+            let mut seen = Vec::new();
+            let error = run(&Faulty { panics: false }, &mut |meta, _| {
+                seen.push(meta.name().to_owned());
+                Ok(())
+            });
+            assert!(error.unwrap_err().message().contains("t10"));
+            assert!(seen.iter().all(|name| name.as_str() < "t10"), "{seen:?}");
+            let error = run(&XorCodec, &mut |meta, _| match meta.name() {
+                "t05" => Err(Error::invalid("full")),
+                _ => Ok(()),
+            });
+            assert_eq!(error.unwrap_err().message(), "full");
+            let panics = |codec: &dyn Codec, emit: &mut dyn FnMut(&TensorMeta, Encoded) -> Result<()>| {
+                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(codec, emit))).is_err()
+            };
+            assert!(panics(&Faulty { panics: true }, &mut |_, _| Ok(())));
+            assert!(panics(&XorCodec, &mut |_, _| panic!("as the test wants")));
         }
     }
 

@@ -34,8 +34,19 @@ impl Codec for ArcV2 {
         current: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<()> {
+        self.encode_reading(unit, parent, current, out, &mut |_| {})
+    }
+
+    fn encode_reading(
+        &self,
+        unit: &UnitMeta<'_>,
+        parent: Option<&[u8]>,
+        current: &[u8],
+        out: &mut Vec<u8>,
+        read: &mut dyn FnMut(usize),
+    ) -> Result<()> {
         let parent = parent_of(unit, parent, current)?;
-        Writer::new(out, current.len()).finish_with_xor(parent, current)
+        Writer::new(out, current.len()).finish_with_xor(parent, current, read)
     }
 
     fn decode(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8]) -> Result<()> {

@@ -100,14 +100,21 @@ impl<'a> Writer<'a> {
         self.check()
     }
 
-    /// Ends the frame with `left ^ right`, which are of one length. Nothing was written before.
+    /// Ends the frame with `left ^ right`, which are of one length. Nothing was written before. Calls `read` with the end
+    /// of each block.
     ///
     /// # Errors
     /// `Internal` if that does not have the length that the frame's header says.
-    pub(crate) fn finish_with_xor(mut self, left: &[u8], right: &[u8]) -> Result<()> {
+    pub(crate) fn finish_with_xor(
+        mut self,
+        left: &[u8],
+        right: &[u8],
+        read: &mut dyn FnMut(usize),
+    ) -> Result<()> {
         let blocks = left.len().min(right.len()).div_ceil(BLOCK);
         for (index, (left, right)) in left.chunks(BLOCK).zip(right.chunks(BLOCK)).enumerate() {
             self.block(&Xor(left, right), index + 1 == blocks);
+            read(index * BLOCK + left.len());
         }
         if blocks == 0 {
             self.block(&Plain(&[]), true);
