@@ -428,5 +428,12 @@ fn changed(meta: &TensorMeta, parent: Option<&[u8]>, current: &[u8]) -> u64 {
 
 fn differing<const N: usize>(parent: &[u8], current: &[u8]) -> usize {
     let (left, right) = (parent.as_chunks::<N>().0, current.as_chunks::<N>().0);
-    left.iter().zip(right).filter(|(left, right)| left != right).count()
+    // Sums of 16 bits: the compiler then compares 16 bytes at once.
+    let parts = left.chunks(1024).zip(right.chunks(1024));
+    parts
+        .map(|(left, right)| {
+            let differ = left.iter().zip(right).map(|(left, right)| u16::from(left != right));
+            usize::from(differ.sum::<u16>())
+        })
+        .sum()
 }
