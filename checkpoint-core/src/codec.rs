@@ -94,6 +94,23 @@ pub trait Codec: Debug + Send + Sync + 'static {
     /// shows it. Noise never panics and never allocates more than a constant and a small multiple of what is there.
     fn decode(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8]) -> Result<()>;
 
+    /// As [`Codec::decode`], and hands each stretch of the result to `written`, in order, when it is final and still in
+    /// the processor's cache. The pipeline then digests it without fetching it again. What is not handed on by the end
+    /// counts as written then. Default: hands on nothing.
+    ///
+    /// # Errors
+    /// As [`Codec::decode`].
+    fn decode_writing(
+        &self,
+        unit: &UnitMeta<'_>,
+        mode: Mode,
+        encoded: &[u8],
+        target: &mut [u8],
+        _written: &mut dyn FnMut(&[u8]),
+    ) -> Result<()> {
+        self.decode(unit, mode, encoded, target)
+    }
+
     /// The checksum of a new tensor that the format stores beside it, for [`Framing::Safetensors`].
     fn checksum(&self, _current: &[u8]) -> Option<u32> {
         None
@@ -140,6 +157,9 @@ macro_rules! forward {
             }
             fn decode(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8]) -> Result<()> {
                 (**self).decode(unit, mode, encoded, target)
+            }
+            fn decode_writing(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8], written: &mut dyn FnMut(&[u8])) -> Result<()> {
+                (**self).decode_writing(unit, mode, encoded, target, written)
             }
             fn checksum(&self, current: &[u8]) -> Option<u32> { (**self).checksum(current) }
             fn changed(&self, unit: &UnitMeta<'_>, encoded: &[u8]) -> Option<u64> {

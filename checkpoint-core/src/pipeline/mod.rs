@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::digest::{DIGEST_BLOCK, block_digest};
+use crate::digest::DIGEST_BLOCK;
 use crate::{Error, Result, TensorMeta, Unit};
 
 pub use decode::{Decode, decode, decode_all, verify};
@@ -61,10 +61,6 @@ fn spans(unit: Unit, byte_len: usize) -> impl ExactSizeIterator<Item = Range<usi
 /// How many units a tensor has.
 fn units(unit: Unit, meta: &TensorMeta) -> usize {
     unit.ranges(meta.byte_len()).len()
-}
-
-fn block_digests(data: &[u8]) -> Vec<u128> {
-    data.chunks(DIGEST_BLOCK).map(block_digest).collect()
 }
 
 /// Runs `job(0..count)` on at most `threads` scoped threads and returns the first error.

@@ -28,6 +28,8 @@ enum Fault {
     RemembersUnits,
     ReadsTooFar,
     OtherWhenReading,
+    OtherWhenWriting,
+    HandsOnOther,
 }
 
 /// Frame: four bytes of length, four spare bytes, then the bytes or the XOR with the parent.
@@ -119,6 +121,25 @@ impl Codec for Broken {
         Ok(())
     }
 
+    fn decode_writing(
+        &self,
+        unit: &UnitMeta<'_>,
+        mode: Mode,
+        encoded: &[u8],
+        target: &mut [u8],
+        written: &mut dyn FnMut(&[u8]),
+    ) -> Result<()> {
+        if self.is(Fault::HandsOnOther) {
+            written(target);
+        }
+        self.decode(unit, mode, encoded, target)?;
+        if self.is(Fault::OtherWhenWriting) {
+            target.iter_mut().for_each(|byte| *byte ^= 1);
+        }
+        written(target);
+        Ok(())
+    }
+
     fn decode(&self, _: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8]) -> Result<()> {
         let short = || Error::corrupt("cut short");
         let (head, body) = encoded.split_at_checked(HEAD).ok_or_else(short)?;
@@ -170,7 +191,7 @@ fn faults(law: &str) -> &'static [Fault] {
         "stable_id" => &[Fault::NewIds],
         "units_tile" => &[Fault::SplitElements, Fault::WholeTensorsOnly],
         "modes_are_honest" => &[Fault::HiddenMode, Fault::EmptyPromise],
-        "round_trip" => &[Fault::LosesABit],
+        "round_trip" => &[Fault::LosesABit, Fault::OtherWhenWriting, Fault::HandsOnOther],
         "append_only" => &[Fault::ClearsTheOutput],
         "deterministic" => &[Fault::Counts, Fault::ReadsTooFar, Fault::OtherWhenReading],
         "dirty_target" => &[Fault::TrustsTheTarget],

@@ -11,6 +11,7 @@ pub(super) trait Elem: Copy + Eq + Ord + Default + Send + Sync + 'static {
 
     fn split(bytes: &[u8]) -> &[Self::Raw];
     fn split_mut(bytes: &mut [u8]) -> &mut [Self::Raw];
+    fn bytes(raws: &[Self::Raw]) -> &[u8];
     fn load(raw: Self::Raw) -> Self;
     fn store(self) -> Self::Raw;
     /// What tells its class: the highest 8 bits behind the sign. For bf16 and f32 that is the exponent.
@@ -46,6 +47,8 @@ macro_rules! elem {
             fn split(bytes: &[u8]) -> &[Self::Raw] { bytes.as_chunks().0 }
             #[inline(always)]
             fn split_mut(bytes: &mut [u8]) -> &mut [Self::Raw] { bytes.as_chunks_mut().0 }
+            #[inline(always)]
+            fn bytes(raws: &[Self::Raw]) -> &[u8] { raws.as_flattened() }
             #[inline(always)]
             fn load(raw: Self::Raw) -> Self { Self::from_le_bytes(raw) }
             #[inline(always)]

@@ -148,13 +148,28 @@ impl Codec for Octave {
     }
 
     fn decode(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8]) -> Result<()> {
+        self.decode_writing(unit, mode, encoded, target, &mut |_| {})
+    }
+
+    fn decode_writing(
+        &self,
+        unit: &UnitMeta<'_>,
+        mode: Mode,
+        encoded: &[u8],
+        target: &mut [u8],
+        written: &mut dyn FnMut(&[u8]),
+    ) -> Result<()> {
         check_length(unit, target.len())?;
         let (form, body) = form(encoded).map_err(|error| error.with_help("copy the file again"))?;
         let decoded = match (form, mode) {
             (Form::Same | Form::Stored, _) => decode_plain(form, mode, body, target),
             (Form::Sparse, Mode::Base) => Err(Error::corrupt("a base has no parent to change")),
             (Form::Sparse | Form::Dense, _) => SCRATCH.with_borrow_mut(|scratch| {
-                by_width!(unit, target.len(), decode(self.instructions, form, mode, body, target, scratch))
+                by_width!(
+                    unit,
+                    target.len(),
+                    decode(self.instructions, form, mode, body, target, scratch, written)
+                )
             }),
         };
         decoded.map_err(|error| error.context("frame").with_help("copy the file again"))
@@ -247,10 +262,11 @@ fn decode<E: Elem>(
     body: &[u8],
     target: &mut [u8],
     scratch: &mut Scratch,
+    written: &mut dyn FnMut(&[u8]),
 ) -> Result<()> {
     let target = E::split_mut(target);
     match (form, mode) {
-        (Form::Sparse, _) => sparse::decode::<E>(level, body, target, &mut scratch.sparse),
+        (Form::Sparse, _) => sparse::decode::<E>(level, body, target, &mut scratch.sparse, written),
         (_, Mode::Delta) => dense::decode::<E>(level, body, target, &mut scratch.dense),
         (_, Mode::Base) => base::decode::<E>(level, body, target, &mut scratch.dense),
     }

@@ -380,6 +380,7 @@ pub(super) fn decode<E: Elem>(
     body: &[u8],
     target: &mut [E::Raw],
     scratch: &mut Scratch,
+    written: &mut dyn FnMut(&[u8]),
 ) -> Result<()> {
     let Scratch { changes, tile, buffers, .. } = scratch;
     let mut bits = BitReader::new(body);
@@ -401,7 +402,7 @@ pub(super) fn decode<E: Elem>(
     let tokens = buffers.tokens.iter();
     let read = ReadChanges { bits, plans: &header.plans, tokens, changes, elements: target.len() };
     let ends = level.run(read)?;
-    let patch = Patch::<E> { target, classes: &header.classes, changes, ends, tile };
+    let patch = Patch::<E> { target, classes: &header.classes, changes, ends, tile, written };
     if level.run(patch) {
         return Ok(());
     }
@@ -526,6 +527,8 @@ struct Patch<'a, E: Elem> {
     /// The end of each class's changes.
     ends: [usize; MAX],
     tile: &'a mut TileMasks,
+    /// Takes each tile when it is done.
+    written: &'a mut dyn FnMut(&[u8]),
 }
 
 impl<E: Elem> Kernel for Patch<'_, E> {
@@ -560,6 +563,7 @@ impl<E: Elem> Kernel for Patch<'_, E> {
                 }
                 at[class] += done;
             }
+            (self.written)(E::bytes(target));
         }
         at[..classes] == ends[..classes]
     }

@@ -179,7 +179,10 @@ pub fn modes_are_honest(codec: &dyn Codec, case: &CodecCase) -> Result<(), Strin
 /// # Errors
 /// What broke.
 pub fn round_trip(codec: &dyn Codec, case: &CodecCase) -> Result<(), String> {
-    each_frame(codec, case, |frame| frame.decodes(codec, &frame.bytes, &frame.start(), frame.unit.current))
+    each_frame(codec, case, |frame| {
+        frame.decodes(codec, &frame.bytes, &frame.start(), frame.unit.current)?;
+        frame.decodes_writing(codec)
+    })
 }
 
 /// Encoding appends: what was in the output stays, and does not change what is appended.

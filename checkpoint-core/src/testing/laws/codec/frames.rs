@@ -63,6 +63,24 @@ impl Frame<'_> {
             None => Ok(()),
         }
     }
+
+    /// `decode_writing` gives what `decode` gives, and hands on nothing else.
+    pub(super) fn decodes_writing(&self, codec: &dyn Codec) -> Result<(), String> {
+        let (mut target, mut handed) = (self.start(), Vec::new());
+        let mut written = |bytes: &[u8]| handed.extend_from_slice(bytes);
+        guarded(|| codec.decode_writing(&self.unit.meta, self.mode, &self.bytes, &mut target, &mut written))?
+            .map_err(|error| format!("decode_writing of what decode took: {error:?}"))?;
+        if target != self.unit.current {
+            return Err(format!("decode_writing of a {:?} frame gave other bytes than decode", self.mode));
+        }
+        if !target.starts_with(&handed) {
+            return Err(format!(
+                "decode_writing of a {:?} frame handed on other bytes than it wrote",
+                self.mode
+            ));
+        }
+        Ok(())
+    }
 }
 
 pub(super) fn units<'a>(codec: &dyn Codec, case: &'a CodecCase) -> Vec<CaseUnit<'a>> {
