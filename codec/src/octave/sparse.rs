@@ -543,25 +543,40 @@ impl<E: Elem> Kernel for Patch<'_, E> {
         let ends = self.ends;
         let mut seen = [0u32; MAX];
         let tile = self.tile;
-        for target in self.target.chunks_mut(TILE) {
+        let mut moves = [(0, E::default()); TILE];
+        let mut rest = self.target;
+        while !rest.is_empty() {
+            let (target, behind) = rest.split_at_mut(rest.len().min(TILE));
+            rest = behind;
             tile.fill::<E, I>(isa, target, self.classes, &table);
+            let mut found = 0;
+            // A part of the next tile comes from memory with each class.
+            let mut ahead = rest[..rest.len().min(TILE)].chunks(TILE / 8);
             for class in 0..classes {
+                if let Some(ahead) = ahead.next() {
+                    isa.prefetch(E::bytes(ahead));
+                }
                 let (first, count) = (seen[class], tile.count(class));
                 seen[class] += count;
                 let rest = at[class]..ends[class];
                 let changes = self.changes.ranks[rest.clone()].iter().zip(&self.changes.steps[rest]);
-                let mut done = 0;
+                let before = found;
                 for (rank, step) in changes {
                     let rank = rank - first;
                     if rank >= count {
                         break;
                     }
-                    // Behind the end of a block's last tile there is nothing to change.
-                    let Some(raw) = target.get_mut(tile.position(isa, class, rank)) else { return false };
-                    *raw = E::load(*raw).plus(E::narrow(*step)).store();
-                    done += 1;
+                    let Some(slot) = moves.get_mut(found) else { return false };
+                    *slot = (tile.position(isa, class, rank) as u16, E::narrow(*step));
+                    found += 1;
                 }
-                at[class] += done;
+                at[class] += found - before;
+            }
+            // In a loop of its own: the searches above would wait for stores whose places are not known yet.
+            for &(place, step) in &moves[..found] {
+                // Behind the end of a block's last tile there is nothing to change.
+                let Some(raw) = target.get_mut(usize::from(place)) else { return false };
+                *raw = E::load(*raw).plus(step).store();
             }
             (self.written)(E::bytes(target));
         }

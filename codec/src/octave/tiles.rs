@@ -2,21 +2,21 @@
 
 use super::classes::{Census, Classes, MAX};
 use super::elem::Elem;
-use super::simd::{Instructions, Isa, Kernel, TILE, WORDS, slot};
+use super::simd::{Counts, Instructions, Isa, Kernel, TILE, WORDS, slot};
 
 /// The class of each element of a tile, as masks with running counts.
 #[derive(Debug)]
 pub(super) struct TileMasks {
     keys: [u8; TILE],
-    /// By the slots of their words, as the sums.
+    /// By the slots of their words.
     masks: [[u64; WORDS]; MAX],
-    sums: [[u64; WORDS]; MAX],
+    before: [Counts; MAX],
     counts: [u32; MAX],
 }
 
 impl Default for TileMasks {
     fn default() -> Self {
-        Self { keys: [0; TILE], masks: [[0; WORDS]; MAX], sums: [[0; WORDS]; MAX], counts: [0; MAX] }
+        Self { keys: [0; TILE], masks: [[0; WORDS]; MAX], before: Default::default(), counts: [0; MAX] }
     }
 }
 
@@ -50,10 +50,10 @@ impl TileMasks {
 
     #[inline(always)]
     fn count_all<I: Isa>(&mut self, isa: I, classes: &Classes) {
-        let classes = self.masks.iter().zip(&mut self.sums).zip(&mut self.counts).take(classes.count());
+        let classes = self.masks.iter().zip(&mut self.before).zip(&mut self.counts).take(classes.count());
         // No closure: it would not be compiled for the instructions of `isa`.
-        for ((masks, sums), count) in classes {
-            *count = isa.running_counts(masks, sums);
+        for ((masks, before), count) in classes {
+            *count = isa.running_counts(masks, before);
         }
     }
 
@@ -66,25 +66,20 @@ impl TileMasks {
     /// The elements of `class` before the one at `place`.
     #[inline(always)]
     pub(super) fn rank_of(&self, class: usize, place: usize) -> u32 {
-        let (slot, bit) = (slot(place / 64 % WORDS), place % 64);
-        let below = self.masks[class][slot] & ((1 << bit) - 1);
-        self.sums[class][slot] as u32 + below.count_ones()
+        let (word, bit) = (place / 64 % WORDS, place % 64);
+        let below = self.masks[class][slot(word)] & ((1 << bit) - 1);
+        u32::from(self.before[class].words[word / 8][word % 8]) + below.count_ones()
     }
 
     /// The element of `class` that has `rank` of them before it; there is one.
     #[inline(always)]
     pub(super) fn position<I: Isa>(&self, isa: I, class: usize, rank: u32) -> usize {
-        let (masks, sums) = (&self.masks[class], &self.sums[class]);
-        let column = isa.column(sums, u64::from(rank)) % 8;
-        // Without branches: they would be mispredicted.
-        let mut row = 0;
-        for bit in [2, 1, 0] {
-            let further = sums[(row | 1 << bit) * 8 + column] <= u64::from(rank);
-            row |= usize::from(further) << bit;
-        }
-        let slot = row * 8 + column;
-        let rest = rank - sums[slot] as u32;
-        (column * 8 + row) * 64 + isa.select(masks[slot], rest) as usize
+        let before = &self.before[class];
+        let column = isa.last_at_most(&before.columns, rank as u16);
+        let words = &before.words[column % 8];
+        let row = isa.last_at_most(words, rank as u16) % 8;
+        let word = self.masks[class][(row * 8 + column) % WORDS];
+        (column * 8 + row) * 64 + isa.select(word, rank - u32::from(words[row])) as usize
     }
 }
 
@@ -135,6 +130,13 @@ impl Survey {
     }
 }
 
+/// The elements that are called read at a time.
+const STRETCH: usize = TILE / 8;
+
+fn stretch<T>(all: &[T], start: usize) -> &[T] {
+    all.get(start..).map_or(&[], |rest| &rest[..rest.len().min(STRETCH)])
+}
+
 struct Find<'a, E: Elem> {
     old: &'a [E::Raw],
     new: &'a [E::Raw],
@@ -182,8 +184,13 @@ impl<E: Elem> Kernel for Find<'_, E> {
                 return None;
             }
             ends.push(found);
-            done += old.len();
-            (self.read)(done);
+            // Whoever is told digests these stretches. Meanwhile the next tile comes from memory.
+            for _ in (0..old.len()).step_by(STRETCH) {
+                isa.prefetch(E::bytes(stretch(self.old, done + TILE)));
+                isa.prefetch(E::bytes(stretch(self.new, done + TILE)));
+                done = self.old.len().min(done + STRETCH);
+                (self.read)(done);
+            }
         }
         Some(found)
     }

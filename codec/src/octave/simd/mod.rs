@@ -20,13 +20,21 @@ use super::rans::{EncodeTable, LANES};
 pub(super) const TILE: usize = 4096;
 /// The words of a mask of a tile.
 pub(super) const WORDS: usize = TILE / 64;
-/// Words are kept in eight columns of eight, one below the other, so that running counts go down all columns at once.
-const COLUMNS: usize = WORDS / 8;
 
-/// Where a mask or a running count of a word is kept.
+/// Where the mask of a word is kept: words lie in eight columns of eight, one below the other, so that running counts go
+/// down all columns at once.
 #[inline(always)]
 pub(super) fn slot(word: usize) -> usize {
-    word % 8 * COLUMNS + word / 8
+    word % 8 * 8 + word / 8
+}
+
+/// How many bits of the masks of a tile's words are set before each word.
+#[derive(Debug, Default)]
+pub(super) struct Counts {
+    /// Before each column.
+    pub(super) columns: [u16; 8],
+    /// Before each word, column by column.
+    pub(super) words: [[u16; 8]; 8],
 }
 
 /// Which instructions a codec may use.
@@ -118,6 +126,10 @@ pub(super) trait Isa: Copy {
     /// Bit `i` is set where byte `i` is not zero.
     fn nonzero(self, bytes: &[u8; 64]) -> u64;
 
+    /// Has `bytes` come into the cache while other work is done.
+    #[inline(always)]
+    fn prefetch(self, _bytes: &[u8]) {}
+
     /// Bit `i` is set where element `i` differs. Sets the keys of the old ones.
     #[inline(always)]
     fn differing<E: Elem>(self, old: &[E::Raw; 64], new: &[E::Raw; 64], keys: &mut [u8; 64]) -> u64 {
@@ -150,15 +162,18 @@ pub(super) trait Isa: Copy {
         masks: &mut [[u64; WORDS]; MAX],
     );
 
-    /// Sets `sums` to the set bits before each word, and returns how many there are in all.
+    /// Counts the set bits before each word, and returns how many there are in all.
     #[inline(always)]
-    fn running_counts(self, masks: &[u64; WORDS], sums: &mut [u64; WORDS]) -> u32 {
+    fn running_counts(self, masks: &[u64; WORDS], counts: &mut Counts) -> u32 {
         let mut sum = 0;
-        for slot in (0..WORDS).map(slot) {
-            sums[slot] = u64::from(sum);
-            sum += masks[slot].count_ones();
+        for (column, (first, words)) in counts.columns.iter_mut().zip(&mut counts.words).enumerate() {
+            *first = sum;
+            for (row, before) in words.iter_mut().enumerate() {
+                *before = sum;
+                sum += masks[row * 8 + column].count_ones() as u16;
+            }
         }
-        sum
+        sum.into()
     }
 
     /// The entry of each key.
@@ -186,16 +201,15 @@ pub(super) trait Isa: Copy {
     /// The position of the set bit of `word` that has `rank` set bits below it. There is one.
     fn select(self, word: u64, rank: u32) -> u32;
 
-    /// The last column of `sums`, whose first word has at most `rank` set bits before it.
+    /// The last of `counts` that is at most `rank`. They are sorted, and the first is.
     #[inline(always)]
-    fn column(self, sums: &[u64; WORDS], rank: u64) -> usize {
-        let mut column = 0;
+    fn last_at_most(self, counts: &[u16; 8], rank: u16) -> usize {
+        // Without branches: they would be mispredicted.
+        let mut last = 0;
         for step in [4, 2, 1] {
-            if sums[column + step] <= rank {
-                column += step;
-            }
+            last |= usize::from(counts[(last | step) % 8] <= rank) * step;
         }
-        column
+        last
     }
 
     /// Decodes whole rounds of [`LANES`] tokens; returns how many tokens and words that were.

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::super::classes::Classes;
 use super::super::elem::Elem;
 use super::super::rans::{CHANCE_BITS, EncodeTable, LOWEST, TOTAL};
-use super::{Isa, LANES, MAX, TILE, WORDS, slot};
+use super::{Counts, Isa, LANES, MAX, TILE, WORDS, slot};
 
 /// The processor has AVX2, BMI1, BMI2, LZCNT and POPCNT.
 #[derive(Debug, Clone, Copy)]
@@ -15,15 +15,18 @@ pub(super) struct Avx2(pub(super) ());
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Avx512(pub(super) ());
 
-const BYTE_NUMBERS: [u8; 64] = {
-    let mut numbers = [0; 64];
-    let mut byte = 0;
-    while byte < 64 {
-        numbers[byte] = byte as u8;
-        byte += 1;
+const BYTE_NUMBERS: [u8; 64] = multiples_of(1);
+const EVEN_BYTES: [u8; 64] = multiples_of(2);
+
+const fn multiples_of(number: u8) -> [u8; 64] {
+    let mut multiples = [0; 64];
+    let mut at = 0;
+    while at < 64 {
+        multiples[at] = at as u8 * number;
+        at += 1;
     }
-    numbers
-};
+    multiples
+}
 
 /// Fills masks from `at_least(keys of a word, bound)`.
 #[inline(always)]
@@ -65,7 +68,20 @@ fn select_bmi2(word: u64, rank: u32) -> u32 {
     unsafe { _pdep_u64(1 << rank, word) }.trailing_zeros()
 }
 
+#[inline(always)]
+fn prefetch_lines(bytes: &[u8]) {
+    for line in bytes.chunks(64) {
+        // SAFETY: token; every processor of this architecture has the instruction, and nothing is read.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+}
+
 impl Isa for Avx2 {
+    #[inline(always)]
+    fn prefetch(self, bytes: &[u8]) {
+        prefetch_lines(bytes);
+    }
+
     #[inline(always)]
     fn nonzero(self, bytes: &[u8; 64]) -> u64 {
         self.at_least(bytes, 1)
@@ -115,8 +131,23 @@ impl Avx2 {
     }
 }
 
+/// The keys of 64 elements of 16 bits.
+#[inline(always)]
+fn keys_of_halves(low: __m512i, high: __m512i) -> __m512i {
+    // SAFETY: token; all callers hold one.
+    unsafe {
+        let even = _mm512_loadu_si512(EVEN_BYTES.as_ptr().cast());
+        _mm512_permutex2var_epi8(_mm512_srli_epi16::<7>(low), even, _mm512_srli_epi16::<7>(high))
+    }
+}
+
 impl Isa for Avx512 {
     const HAS_RANS: bool = true;
+
+    #[inline(always)]
+    fn prefetch(self, bytes: &[u8]) {
+        prefetch_lines(bytes);
+    }
 
     #[inline(always)]
     fn nonzero(self, bytes: &[u8; 64]) -> u64 {
@@ -132,6 +163,14 @@ impl Isa for Avx512 {
         let mut differs = 0;
         // SAFETY: token; bounds: a quarter, half or all of the elements that fill 64 bytes, and as many keys.
         unsafe {
+            if E::BITS == 16 {
+                let (old, new) = (old.as_ptr().cast::<__m512i>(), new.as_ptr().cast::<__m512i>());
+                let (old, old_high) = (_mm512_loadu_si512(old), _mm512_loadu_si512(old.add(1)));
+                let (new, new_high) = (_mm512_loadu_si512(new), _mm512_loadu_si512(new.add(1)));
+                _mm512_storeu_si512(keys.as_mut_ptr().cast(), keys_of_halves(old, old_high));
+                return u64::from(_mm512_cmpneq_epi16_mask(old, new))
+                    | u64::from(_mm512_cmpneq_epi16_mask(old_high, new_high)) << 32;
+            }
             for at in (0..64).step_by(512 / E::BITS as usize) {
                 let old = _mm512_loadu_si512(old.as_ptr().add(at).cast());
                 let new = _mm512_loadu_si512(new.as_ptr().add(at).cast());
@@ -140,11 +179,6 @@ impl Isa for Avx512 {
                     8 => {
                         _mm512_storeu_si512(place.cast(), _mm512_add_epi8(old, old));
                         _mm512_cmpneq_epi8_mask(old, new)
-                    }
-                    16 => {
-                        let key = _mm512_cvtepi16_epi8(_mm512_srli_epi16::<7>(old));
-                        _mm256_storeu_si256(place.cast(), key);
-                        u64::from(_mm512_cmpneq_epi16_mask(old, new))
                     }
                     32 => {
                         let key = _mm512_cvtepi32_epi8(_mm512_srli_epi32::<23>(old));
@@ -227,12 +261,12 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
-    fn running_counts(self, masks: &[u64; WORDS], sums: &mut [u64; WORDS]) -> u32 {
-        // SAFETY: token; bounds: 8 of 64 words and counts at a time.
+    fn running_counts(self, masks: &[u64; WORDS], counts: &mut Counts) -> u32 {
+        // SAFETY: token; bounds: 8 of 64 words, halves of 64 counts.
         unsafe {
-            let mut counts = [_mm512_setzero_si512(); 8];
-            let mut total = counts[0];
-            for (row, count) in counts.iter_mut().enumerate() {
+            let mut rows = [_mm512_setzero_si512(); 8];
+            let mut total = rows[0];
+            for (row, count) in rows.iter_mut().enumerate() {
                 *count = _mm512_popcnt_epi64(_mm512_loadu_si512(masks.as_ptr().add(8 * row).cast()));
                 total = _mm512_add_epi64(total, *count);
             }
@@ -243,11 +277,17 @@ impl Isa for Avx512 {
             sum = _mm512_add_epi64(sum, _mm512_alignr_epi64::<6>(sum, zero));
             sum = _mm512_add_epi64(sum, _mm512_alignr_epi64::<4>(sum, zero));
             let all = _mm512_extracti64x2_epi64::<3>(sum);
-            sum = _mm512_sub_epi64(sum, total);
-            for (row, count) in counts.into_iter().enumerate() {
-                _mm512_storeu_si512(sums.as_mut_ptr().add(8 * row).cast(), sum);
-                sum = _mm512_add_epi64(sum, count);
-            }
+            let before = _mm512_sub_epi64(sum, total);
+            _mm_storeu_si128(counts.columns.as_mut_ptr().cast(), _mm512_cvtepi64_epi16(before));
+            let [a, b, c, d, e, f, g, h] = rows;
+            let (low, before) = self.running_quarters([a, b, c, d], before);
+            let (high, _) = self.running_quarters([e, f, g, h], before);
+            let columns = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+            let first = _mm512_permutex2var_epi64(low, columns, high);
+            let columns = _mm512_add_epi64(columns, _mm512_set1_epi64(4));
+            let last = _mm512_permutex2var_epi64(low, columns, high);
+            _mm512_storeu_si512(counts.words.as_mut_ptr().cast(), first);
+            _mm512_storeu_si512(counts.words.as_mut_ptr().add(4).cast(), last);
             _mm_extract_epi64::<1>(all) as u32
         }
     }
@@ -268,14 +308,13 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
-    fn column(self, sums: &[u64; WORDS], rank: u64) -> usize {
-        // SAFETY: token; bounds: 8 of 64 counts.
+    fn last_at_most(self, counts: &[u16; 8], rank: u16) -> usize {
+        // SAFETY: token; bounds: 8 counts.
         let at_most = unsafe {
-            let first = _mm512_loadu_si512(sums.as_ptr().cast());
-            _mm512_cmple_epu64_mask(first, _mm512_set1_epi64(rank.cast_signed()))
+            let counts = _mm_loadu_si128(counts.as_ptr().cast());
+            _mm_cmple_epu16_mask(counts, _mm_set1_epi16(rank.cast_signed()))
         };
-        // The first count is 0.
-        (at_most.count_ones() as usize).saturating_sub(1)
+        (at_most.count_ones() as usize).wrapping_sub(1) % 8
     }
 
     #[inline(always)]
@@ -470,6 +509,20 @@ impl LookUp for Wide<'_> {
 }
 
 impl Avx512 {
+    /// In the quarters of each lane, what is in `before` and in the rows before each of four; and what is in all.
+    #[inline(always)]
+    fn running_quarters(self, rows: [__m512i; 4], before: __m512i) -> (__m512i, __m512i) {
+        // SAFETY: token.
+        unsafe {
+            let second = _mm512_add_epi64(before, rows[0]);
+            let third = _mm512_add_epi64(second, rows[1]);
+            let fourth = _mm512_add_epi64(third, rows[2]);
+            let low = _mm512_or_si512(before, _mm512_slli_epi64::<16>(second));
+            let high = _mm512_or_si512(_mm512_slli_epi64::<32>(third), _mm512_slli_epi64::<48>(fourth));
+            (_mm512_or_si512(low, high), _mm512_add_epi64(fourth, rows[3]))
+        }
+    }
+
     /// Sets the four bits of the class of each key.
     #[inline(always)]
     fn planes(self, keys: &[u8; TILE], planes: &mut [[u64; WORDS]; 4], classes: &impl LookUp) {
