@@ -111,8 +111,9 @@ pub trait Codec: Debug + Send + Sync + 'static {
         self.decode(unit, mode, encoded, target)
     }
 
-    /// The checksum of a new tensor that the format stores beside it, for [`Framing::Safetensors`].
-    fn checksum(&self, _current: &[u8]) -> Option<u32> {
+    /// The checksum of a new tensor that the format stores beside it, for [`Framing::Safetensors`]: of the bytes whose
+    /// checksum is `before`, if there are any, and `more` behind them.
+    fn checksum(&self, _before: Option<u32>, _more: &[u8]) -> Option<u32> {
         None
     }
 
@@ -161,7 +162,7 @@ macro_rules! forward {
             fn decode_writing(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8], written: &mut dyn FnMut(&[u8])) -> Result<()> {
                 (**self).decode_writing(unit, mode, encoded, target, written)
             }
-            fn checksum(&self, current: &[u8]) -> Option<u32> { (**self).checksum(current) }
+            fn checksum(&self, before: Option<u32>, more: &[u8]) -> Option<u32> { (**self).checksum(before, more) }
             fn changed(&self, unit: &UnitMeta<'_>, encoded: &[u8]) -> Option<u64> {
                 (**self).changed(unit, encoded)
             }

@@ -89,10 +89,10 @@ impl<'a> Frame<'a> {
         Ok(bytes)
     }
 
-    /// XORs the content into `target`, which is as long.
-    pub(crate) fn xor_into(self, target: &mut [u8]) -> Result<()> {
+    /// XORs the content into `target`, which is as long. Hands stretches that are done to `written`, in order.
+    pub(crate) fn xor_into(self, target: &mut [u8], written: &mut dyn FnMut(&[u8])) -> Result<()> {
         let bytes = self.holds(target.len())?.bytes;
-        let Err(done) = runs::xor(bytes, target) else { return Ok(()) };
+        let Err(done) = runs::xor(bytes, target, written) else { return Ok(()) };
         // From here on it is a frame of another writer, or a damaged one.
         let mut ready = done;
         let mut rest = target.get_mut(done..).unwrap_or_default();
@@ -217,10 +217,10 @@ mod tests {
             assert!(opened.read_to_vec().unwrap() == content, "{} bytes", content.len());
             // XORed into itself, nothing is left.
             let mut target = content.clone();
-            understood += usize::from(runs::xor(&frame, &mut target).is_ok());
+            understood += usize::from(runs::xor(&frame, &mut target, &mut |_| {}).is_ok());
             all += 1;
             let mut target = content.clone();
-            opened.xor_into(&mut target).unwrap();
+            opened.xor_into(&mut target, &mut |_| {}).unwrap();
             assert!(target.iter().all(|&byte| byte == 0), "{} bytes", content.len());
             let mut frame = Vec::new();
             let other: Vec<u8> = content.iter().map(|byte| byte ^ 0x5a).collect();
@@ -243,7 +243,7 @@ mod tests {
                 zstd::bulk::compress(&content, [1, 3, 19][index % 3].min(if index > 60 { 3 } else { 19 }))
                     .unwrap();
             let mut target = content.clone();
-            Frame::open(&frame).unwrap().xor_into(&mut target).unwrap();
+            Frame::open(&frame).unwrap().xor_into(&mut target, &mut |_| {}).unwrap();
             assert!(target.iter().all(|&byte| byte == 0), "{} bytes", content.len());
         }
     }
@@ -262,7 +262,7 @@ mod tests {
                     continue;
                 };
                 let mut target = vec![0; content.len()];
-                if runs::xor(&damaged, &mut target).is_ok() {
+                if runs::xor(&damaged, &mut target, &mut |_| {}).is_ok() {
                     assert!(opened.read_to_vec().unwrap() == target, "byte {at} of {}", frame.len());
                     understood += 1;
                 }

@@ -98,5 +98,5 @@ fn unpack(packed: &[u8], target: &mut [u8]) -> Result<()> {
 }
 
 fn unpack_xor(packed: &[u8], target: &mut [u8]) -> Result<()> {
-    Frame::open(packed)?.xor_into(target)
+    Frame::open(packed)?.xor_into(target, &mut |_| {})
 }

@@ -96,7 +96,7 @@ fn every_flipped_byte_is_refused_or_found_by_the_check_behind_the_decoder() {
         for pair in tensors() {
             let frame = pair.frame(&codec, mode);
             // What the two framings store: a digest in a container, a checksum beside an arc payload.
-            let checksum = codec.checksum(&pair.new);
+            let checksum = codec.checksum(None, &pair.new);
             let digest = checksum.is_none().then(|| TensorDigest::of(&pair.new));
             for at in 0..frame.len() {
                 for bits in [0x01, 0x80, 0xff] {

@@ -25,7 +25,7 @@ fn tensor() -> Pair {
 fn payload(replaced: &[(&str, Vec<u8>)]) -> Vec<u8> {
     let text = |text: &str| Pickle::default().text(text).0;
     let int = |number: i64| Pickle::default().int(number).0;
-    let checksum = ArcV3.checksum(&tensor().new).unwrap().to_string();
+    let checksum = ArcV3.checksum(None, &tensor().new).unwrap().to_string();
     let entries = [
         ("version", int(1)),
         ("strategy", text("mantissa_xor")),

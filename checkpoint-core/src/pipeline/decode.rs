@@ -80,23 +80,26 @@ pub fn decode_all(
         let mut job = job.lock().map_err(poisoned)?;
         let (meta, encoded, frames, first, span, part) = &mut *job;
         let mut hasher = BlockHasher::default();
-        let mut hashed = 0;
+        let mut checksum = None;
         for ((number, range), frame) in encoded.unit.ranges(part.len()).enumerate().zip(frames.iter()) {
             let unit = UnitMeta::new(meta, span.start + range.start..span.start + range.end);
             let context =
                 |error: Error| error.context(format_args!("tensor `{}`, byte {}", unit.name, unit.offset));
             let target = part.get_mut(range).unwrap_or_default();
-            if encoded.checksum.is_some() {
-                codec.decode(&unit, mode, frame, target).map_err(context)?;
-            } else {
-                let mut written = |bytes: &[u8]| {
-                    hashed += bytes.len();
+            let mut check = |bytes: &[u8]| {
+                if encoded.checksum.is_some() {
+                    checksum = codec.checksum(checksum, bytes);
+                } else {
                     hasher.update(bytes);
-                };
-                codec.decode_writing(&unit, mode, frame, target, &mut written).map_err(context)?;
-                hasher.update(target.get(hashed..).unwrap_or_default());
-                hashed = 0;
-            }
+                }
+            };
+            let mut checked = 0;
+            let mut written = |bytes: &[u8]| {
+                checked += bytes.len();
+                check(bytes);
+            };
+            codec.decode_writing(&unit, mode, frame, target, &mut written).map_err(context)?;
+            check(target.get(checked..).unwrap_or_default());
             // A span of one unit is checked by the digests of its blocks, below.
             if frames.len() > 1
                 && let Some(&check) = encoded.checks.get(*first + number)
@@ -105,7 +108,6 @@ pub fn decode_all(
                 return Err(context(mismatch("check")));
             }
         }
-        let checksum = encoded.checksum.and_then(|_| codec.checksum(part));
         let digests = hasher.finish();
         if frames.len() == 1
             && let Some(&check) = encoded.checks.get(*first)
@@ -202,7 +204,7 @@ pub fn verify(
 ) -> Result<()> {
     let wrong = |what: &str| mismatch(what).context(format_args!("tensor `{}`", meta.name()));
     if let Some(checksum) = checksum
-        && codec.checksum(data) != Some(checksum)
+        && codec.checksum(None, data) != Some(checksum)
     {
         return Err(wrong("checksum"));
     }

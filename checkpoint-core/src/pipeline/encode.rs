@@ -330,6 +330,7 @@ impl Span<'_> {
                 // Codecs of whole tensors do not count, and the tensor may be too large to count it from the cache later.
                 if codec.unit() == Unit::Whole {
                     counted += changed(self.meta, parent, current);
+                    done.checksum = codec.checksum(done.checksum, current);
                 }
             };
             codec.encode_reading(&unit, parent, current, &mut frame, &mut hash_to).map_err(|error| {
@@ -353,9 +354,6 @@ impl Span<'_> {
             done.checks.push(TensorDigest::of_blocks(done.blocks.iter().copied()).check());
         }
         done.parent_blocks = pair.parent.as_ref().map(|_| parent_hasher.finish());
-        if codec.unit() == Unit::Whole {
-            done.checksum = codec.checksum(&pair.current);
-        }
         Ok(done)
     }
 }

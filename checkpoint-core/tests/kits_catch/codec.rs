@@ -30,6 +30,7 @@ enum Fault {
     OtherWhenReading,
     OtherWhenWriting,
     HandsOnOther,
+    ForgetsPieces,
 }
 
 /// Frame: four bytes of length, four spare bytes, then the bytes or the XOR with the parent.
@@ -44,7 +45,8 @@ impl Broken {
     }
 
     fn framed_as_safetensors(&self) -> bool {
-        matches!(self.0, Fault::NoChecksum | Fault::BlindChecksum | Fault::WholeTensorsOnly)
+        let kept = matches!(self.0, Fault::BlindChecksum | Fault::WholeTensorsOnly | Fault::ForgetsPieces);
+        kept || self.is(Fault::NoChecksum)
     }
 }
 
@@ -164,12 +166,13 @@ impl Codec for Broken {
         Ok(())
     }
 
-    fn checksum(&self, current: &[u8]) -> Option<u32> {
+    fn checksum(&self, before: Option<u32>, more: &[u8]) -> Option<u32> {
         match self.0 {
-            Fault::UselessChecksum | Fault::WholeTensorsOnly => {
-                Some(current.iter().fold(1u32, |sum, byte| sum.wrapping_mul(31) ^ u32::from(*byte)))
+            Fault::UselessChecksum | Fault::WholeTensorsOnly | Fault::ForgetsPieces => {
+                let before = if self.is(Fault::ForgetsPieces) { 1 } else { before.unwrap_or(1) };
+                Some(more.iter().fold(before, |sum, byte| sum.wrapping_mul(31) ^ u32::from(*byte)))
             }
-            Fault::BlindChecksum => Some(current.len() as u32),
+            Fault::BlindChecksum => Some(before.unwrap_or(0) + more.len() as u32),
             _ => None,
         }
     }
@@ -198,7 +201,9 @@ fn faults(law: &str) -> &'static [Fault] {
         "truncation_is_an_error" => &[Fault::TakesShortFrames],
         "noise_never_panics" => &[Fault::PanicsOnLongFrames],
         "bounded_allocation" => &[Fault::TrustsLengths],
-        "checksum_fits_the_framing" => &[Fault::UselessChecksum, Fault::NoChecksum, Fault::BlindChecksum],
+        "checksum_fits_the_framing" => {
+            &[Fault::UselessChecksum, Fault::NoChecksum, Fault::BlindChecksum, Fault::ForgetsPieces]
+        }
         "revert_is_right" => &[Fault::LazyRevert],
         "compose_is_right" => &[Fault::HalfCompose],
         "several_units" => &[Fault::RemembersUnits],

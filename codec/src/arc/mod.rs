@@ -27,8 +27,13 @@ const CHUNK: usize = 64 << 10;
 
 /// The checksum of the arc formats, of a new tensor's bytes.
 fn adler(data: &[u8]) -> u32 {
-    let mut hash = Adler32::new();
-    hash.write(data);
+    adler_of_more(None, data)
+}
+
+/// The checksum of what has the checksum `before`, and `more`.
+fn adler_of_more(before: Option<u32>, more: &[u8]) -> u32 {
+    let mut hash = before.map_or_else(Adler32::new, Adler32::from_checksum);
+    hash.write(more);
     hash.finish()
 }
 

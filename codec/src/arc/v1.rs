@@ -3,7 +3,7 @@
 use flate2::{Decompress, FlushDecompress, Status};
 use towline_core::{Codec, CodecId, Error, Framing, Mode, Modes, Result, Unit, UnitMeta};
 
-use super::{CHUNK, adler, deflate, joined_mask, moved, parent_of};
+use super::{CHUNK, adler_of_more, deflate, joined_mask, moved, parent_of};
 use crate::xor::xor_into;
 
 /// zlib (RFC 1950) of the XOR with the parent; also called `xor_one_to_one_zlib`. Our streams have runs and
@@ -79,8 +79,8 @@ impl Codec for ArcV1 {
         Ok(())
     }
 
-    fn checksum(&self, current: &[u8]) -> Option<u32> {
-        Some(adler(current))
+    fn checksum(&self, before: Option<u32>, more: &[u8]) -> Option<u32> {
+        Some(adler_of_more(before, more))
     }
 
     fn revert(&self, unit: &UnitMeta<'_>, encoded: &[u8], target: &mut [u8]) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use towline_core::{Codec, CodecId, Framing, Mode, Modes, Result, Unit, UnitMeta};
 
-use super::{adler, joined_mask, parent_of};
+use super::{adler_of_more, joined_mask, parent_of};
 use crate::zframe::{Frame, Writer};
 
 /// zstd of the XOR with the parent; also called `xor_one_to_one_zstd`. Our frames have runs and frequencies only,
@@ -50,12 +50,23 @@ impl Codec for ArcV2 {
     }
 
     fn decode(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8]) -> Result<()> {
-        unit.check_mode(mode, self.modes())?;
-        Frame::open(encoded)?.xor_into(target)
+        self.decode_writing(unit, mode, encoded, target, &mut |_| {})
     }
 
-    fn checksum(&self, current: &[u8]) -> Option<u32> {
-        Some(adler(current))
+    fn decode_writing(
+        &self,
+        unit: &UnitMeta<'_>,
+        mode: Mode,
+        encoded: &[u8],
+        target: &mut [u8],
+        written: &mut dyn FnMut(&[u8]),
+    ) -> Result<()> {
+        unit.check_mode(mode, self.modes())?;
+        Frame::open(encoded)?.xor_into(target, written)
+    }
+
+    fn checksum(&self, before: Option<u32>, more: &[u8]) -> Option<u32> {
+        Some(adler_of_more(before, more))
     }
 
     fn revert(&self, unit: &UnitMeta<'_>, encoded: &[u8], target: &mut [u8]) -> Result<()> {

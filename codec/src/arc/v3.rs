@@ -6,7 +6,7 @@ use towline_core::safetensors::Header;
 use towline_core::{Codec, CodecId, DType, Error, Framing, Mode, Modes, Result, TensorMeta, Unit, UnitMeta};
 
 use super::layout::Layout;
-use super::{ArcV2, adler, envelope, parent_of, writer};
+use super::{ArcV2, adler, adler_of_more, envelope, parent_of, writer};
 use crate::{ARC_V3_TAG, fallback_header};
 
 /// The tensor of a fallback, and the key of its checksum.
@@ -61,8 +61,8 @@ impl Codec for ArcV3 {
         }
     }
 
-    fn checksum(&self, current: &[u8]) -> Option<u32> {
-        Some(adler(current))
+    fn checksum(&self, before: Option<u32>, more: &[u8]) -> Option<u32> {
+        Some(adler_of_more(before, more))
     }
 }
 

@@ -16,9 +16,11 @@ const SLACK: usize = 8;
 
 /// XORs the content of `frame`, a whole frame that says that it holds as many bytes as `target`, into `target`. An
 /// error says how many bytes are ready, because the rest was not understood. At most 0.2 MiB are held.
-pub(super) fn xor(frame: &[u8], target: &mut [u8]) -> Result<(), usize> {
+/// Each block is handed to `written` when it is done.
+pub(super) fn xor(frame: &[u8], target: &mut [u8], written: &mut dyn FnMut(&[u8])) -> Result<(), usize> {
     let mut reader = Reader {
         target,
+        written,
         done: 0,
         last: 0,
         literals: Vec::new(),
@@ -35,6 +37,7 @@ pub(super) fn xor(frame: &[u8], target: &mut [u8]) -> Result<(), usize> {
 
 struct Reader<'a> {
     target: &'a mut [u8],
+    written: &'a mut dyn FnMut(&[u8]),
     /// How many bytes of the target are ready.
     done: usize,
     /// The byte of the content before.
@@ -69,6 +72,7 @@ impl Reader<'_> {
             let stored = if head >> 1 & 3 == 1 { 1 } else { size };
             let (block, behind) = behind.split_at_checked(stored)?;
             rest = behind;
+            let start = self.done;
             match head >> 1 & 3 {
                 0 => self.literal(block)?,
                 1 if size <= BLOCK => {
@@ -78,6 +82,7 @@ impl Reader<'_> {
                 2 => self.block(block)?,
                 _ => return None,
             }
+            (self.written)(self.target.get(start..self.done)?);
             if head & 1 == 1 {
                 return Some(());
             }

@@ -120,8 +120,11 @@ impl Codec for MaskCodec {
             _ => Err(Error::corrupt(format!("wanted {} bytes behind an M", target.len()))),
         }
     }
-    fn checksum(&self, current: &[u8]) -> Option<u32> {
-        Some(current.iter().fold(1, |sum: u32, byte| sum.wrapping_mul(31).wrapping_add(u32::from(*byte))))
+    fn checksum(&self, before: Option<u32>, more: &[u8]) -> Option<u32> {
+        Some(
+            more.iter()
+                .fold(before.unwrap_or(1), |sum, byte| sum.wrapping_mul(31).wrapping_add(u32::from(*byte))),
+        )
     }
 }
 
