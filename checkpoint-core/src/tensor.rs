@@ -1,6 +1,7 @@
 //! Tensors as named, typed, shaped bytes; sets of them; and where they are read from.
 
 use std::ops::Range;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 
@@ -94,6 +95,12 @@ pub trait TensorSource: Send + Sync {
         }
         Ok(whole.slice(range))
     }
+
+    /// Where the digest of tensor `index` is kept once it is known, for bytes that never change. It is then taken once,
+    /// though the weights of one step are the parent of the next. Default: nowhere.
+    fn digest(&self, _index: usize) -> Option<&OnceLock<TensorDigest>> {
+        None
+    }
 }
 
 impl<T: TensorSource + ?Sized> TensorSource for &T {
@@ -106,9 +113,12 @@ impl<T: TensorSource + ?Sized> TensorSource for &T {
     fn read_range(&self, index: usize, range: Range<usize>) -> Result<Bytes> {
         (**self).read_range(index, range)
     }
+    fn digest(&self, index: usize) -> Option<&OnceLock<TensorDigest>> {
+        (**self).digest(index)
+    }
 }
 
-impl<T: TensorSource + ?Sized> TensorSource for std::sync::Arc<T> {
+impl<T: TensorSource + ?Sized> TensorSource for Arc<T> {
     fn tensors(&self) -> &[TensorMeta] {
         (**self).tensors()
     }
@@ -117,6 +127,9 @@ impl<T: TensorSource + ?Sized> TensorSource for std::sync::Arc<T> {
     }
     fn read_range(&self, index: usize, range: Range<usize>) -> Result<Bytes> {
         (**self).read_range(index, range)
+    }
+    fn digest(&self, index: usize) -> Option<&OnceLock<TensorDigest>> {
+        (**self).digest(index)
     }
 }
 
@@ -153,12 +166,21 @@ pub fn same_tensors(wanted: &[TensorMeta], found: &[TensorMeta]) -> Result<()> {
     }
 }
 
-/// A set of tensors in memory, sorted by name. Cloning shares the bytes.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// A set of tensors in memory, sorted by name. Cloning shares the bytes, and what is known of their digests.
+#[derive(Debug, Clone, Default)]
 pub struct Weights {
     tensors: Vec<TensorMeta>,
     data: Vec<Bytes>,
+    digests: Arc<[OnceLock<TensorDigest>]>,
 }
+
+impl PartialEq for Weights {
+    fn eq(&self, other: &Self) -> bool {
+        self.tensors == other.tensors && self.data == other.data
+    }
+}
+
+impl Eq for Weights {}
 
 impl Weights {
     /// A set from tensors in any order.
@@ -187,8 +209,9 @@ impl Weights {
                 )));
             }
         }
+        let digests = tensors.iter().map(|_| OnceLock::new()).collect();
         let (tensors, data) = tensors.into_iter().unzip();
-        Ok(Self { tensors, data })
+        Ok(Self { tensors, data, digests })
     }
 
     /// Reads every tensor of `source`.
@@ -224,14 +247,15 @@ impl Weights {
         self.tensors.iter().map(|meta| meta.byte_len() as u64).sum()
     }
 
-    /// The identity of this set of weights. Reads every byte.
+    /// The identity of this set of weights. Reads every byte whose digest is not known.
     #[must_use]
     pub fn content_digest(&self) -> ContentDigest {
-        let digests: Vec<_> = self.data.iter().map(|data| TensorDigest::of(data)).collect();
+        let digests = self.digests.iter().zip(&self.data);
+        let digests = digests.map(|(digest, data)| digest.get_or_init(|| TensorDigest::of(data)));
         ContentDigest::of_tensors(
             self.tensors
                 .iter()
-                .zip(&digests)
+                .zip(digests)
                 .map(|(meta, digest)| (meta.name(), meta.dtype(), meta.shape(), digest)),
         )
     }
@@ -247,6 +271,10 @@ impl TensorSource for Weights {
             .get(index)
             .cloned()
             .ok_or_else(|| Error::invalid(format!("tensor {index} of {} was asked for", self.data.len())))
+    }
+
+    fn digest(&self, index: usize) -> Option<&OnceLock<TensorDigest>> {
+        self.digests.get(index)
     }
 }
 

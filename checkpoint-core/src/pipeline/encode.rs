@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
 
@@ -61,7 +61,11 @@ pub fn encode(
     let spans: Vec<Span<'_>> = tensors
         .flat_map(|(index, meta)| spans(unit, meta.byte_len()).map(move |range| Span { index, meta, range }))
         .collect();
-    let work = Work { codec, current, parent, window: limits.window, spans };
+    // Looked up once: what another thread finds out meanwhile must not end a digest half-way.
+    let known = parent.iter().flat_map(|parent| {
+        (0..parent.tensors().len()).map(|index| parent.digest(index).and_then(OnceLock::get).copied())
+    });
+    let work = Work { codec, current, parent, known: known.collect(), window: limits.window, spans };
     let shared = Shared::default();
     let mut open = Open::default();
     std::thread::scope(|scope| {
@@ -77,7 +81,7 @@ pub fn encode(
         // The caller's thread works too, and hands on what is done, in order, before it takes more.
         loop {
             for (span, done) in shared.take_done(&work)? {
-                open.add(span, done, limits.window, emit)?;
+                open.add(&work, span, done, emit)?;
             }
             match shared.claim(&work, false) {
                 Some(job) => shared.run(&work, job),
@@ -100,6 +104,8 @@ struct Work<'a> {
     codec: &'a dyn Codec,
     current: &'a dyn TensorSource,
     parent: Option<&'a dyn TensorSource>,
+    /// What is known of the digests of the parent's tensors.
+    known: Vec<Option<TensorDigest>>,
     window: usize,
     spans: Vec<Span<'a>>,
 }
@@ -308,6 +314,7 @@ impl Span<'_> {
         let mut done = Done::default();
         // A span of one unit has its check from the digests of its blocks.
         let several = codec.unit().ranges(self.range.len()).len() > 1;
+        let known = work.known.get(self.index).is_some_and(Option::is_some);
         let (mut hasher, mut parent_hasher) = (BlockHasher::default(), BlockHasher::default());
         for range in codec.unit().ranges(self.range.len()) {
             let unit = UnitMeta::new(self.meta, self.range.start + range.start..self.range.start + range.end);
@@ -324,7 +331,7 @@ impl Span<'_> {
                 let (current, parent) =
                     (&pair.current[more.clone()], pair.parent.as_ref().map(|parent| &parent[more]));
                 hasher.update(current);
-                if let Some(parent) = parent {
+                if let (Some(parent), false) = (parent, known) {
                     parent_hasher.update(parent);
                 }
                 // Codecs of whole tensors do not count, and the tensor may be too large to count it from the cache later.
@@ -372,9 +379,9 @@ struct Open {
 impl Open {
     fn add(
         &mut self,
+        work: &Work<'_>,
         span: &Span<'_>,
         done: Done,
-        window: usize,
         emit: &mut dyn FnMut(&TensorMeta, Encoded) -> Result<()>,
     ) -> Result<()> {
         self.meta.get_or_insert_with(|| span.meta.clone());
@@ -387,15 +394,17 @@ impl Open {
         self.changed += done.changed;
         if span.range.end < span.meta.byte_len() {
             // Tensors above the window are handed on as they come.
-            return if span.meta.byte_len() > window { self.flush(emit) } else { Ok(()) };
+            return if span.meta.byte_len() > work.window { self.flush(emit) } else { Ok(()) };
         }
         let end = std::mem::take(self);
-        let whole = Summary {
-            digest: TensorDigest::of_blocks(end.blocks),
-            parent_digest: end.parent_blocks.map(TensorDigest::of_blocks),
-            checksum: done.checksum,
-            changed: end.changed,
-        };
+        let digest = TensorDigest::of_blocks(end.blocks);
+        keep(work.current, span, digest)?;
+        let known = work.known.get(span.index).copied().flatten();
+        let parent_digest = known.or_else(|| end.parent_blocks.map(TensorDigest::of_blocks));
+        if let (Some(parent), Some(digest)) = (work.parent, parent_digest) {
+            keep(parent, span, digest)?;
+        }
+        let whole = Summary { digest, parent_digest, checksum: done.checksum, changed: end.changed };
         emit(span.meta, Encoded { frames: end.frames, checks: end.checks, whole: Some(whole) })
     }
 
@@ -406,6 +415,17 @@ impl Open {
             Some(meta) if !frames.is_empty() => emit(meta, Encoded { frames, checks, whole: None }),
             Some(_) | None => Ok(()),
         }
+    }
+}
+
+/// Keeps a digest with its tensor.
+fn keep(source: &dyn TensorSource, span: &Span<'_>, digest: TensorDigest) -> Result<()> {
+    match source.digest(span.index).map(|kept| *kept.get_or_init(|| digest)) {
+        Some(kept) if kept != digest => {
+            Err(Error::invalid(format!("the bytes of tensor {} changed", shown(span.meta.name())))
+                .with_help("hand over weights that stay as they are, and new ones for each step"))
+        }
+        Some(_) | None => Ok(()),
     }
 }
 

@@ -101,8 +101,9 @@ fn poisoned<T>(_: std::sync::PoisonError<T>) -> Error {
 mod tests {
     use super::*;
     use crate::testing::XorCodec;
-    use crate::{Codec, CodecId, DType, Mode, Modes, UnitMeta, Weights};
+    use crate::{Codec, CodecId, DType, Mode, Modes, TensorDigest, TensorSource, UnitMeta, Weights};
     use bytes::Bytes;
+    use std::sync::OnceLock;
 
     fn weights(seed: u8) -> Weights {
         Weights::new((0..20u8).map(|index| {
@@ -136,6 +137,44 @@ mod tests {
                 assert_eq!(left.changed, right.changed);
             }
         }
+    }
+
+    /// Says other bytes' digests are its own.
+    struct Stale(Weights, Weights);
+
+    impl TensorSource for Stale {
+        fn tensors(&self) -> &[TensorMeta] {
+            self.0.tensors()
+        }
+        fn read(&self, index: usize) -> Result<Bytes> {
+            self.0.read(index)
+        }
+        fn digest(&self, index: usize) -> Option<&OnceLock<TensorDigest>> {
+            self.1.digest(index)
+        }
+    }
+
+    #[test]
+    fn digests_are_kept_for_the_next_step() {
+        let (first, second, third) = (weights(1), weights(2), weights(3));
+        let parents = |current: &dyn TensorSource, parent: &dyn TensorSource| {
+            let mut parents = Vec::new();
+            encode(&XorCodec, current, Some(parent), Limits::default(), &mut |_, encoded| {
+                parents.extend(encoded.whole.and_then(|whole| whole.parent_digest));
+                Ok(())
+            })
+            .map(|()| parents)
+        };
+        let taken = parents(&second, &first).unwrap();
+        assert_eq!(taken, first.iter().map(|(_, data)| TensorDigest::of(data)).collect::<Vec<_>>());
+        assert!((0..20).all(|index| second.digest(index).unwrap().get().is_some()));
+        let kept = parents(&third, &second.clone()).unwrap();
+        assert_eq!(kept, second.iter().map(|(_, data)| TensorDigest::of(data)).collect::<Vec<_>>());
+        assert_eq!(second.content_digest(), weights(2).content_digest());
+        // What is known is not taken again, and what was encoded before must still be the same.
+        assert_eq!(parents(&third, &Stale(first, second.clone())).unwrap(), kept);
+        let error = parents(&Stale(third, second), &weights(1)).unwrap_err();
+        assert!(error.to_string().contains("the bytes of tensor `t01` changed"), "{error}");
     }
 
     /// As `XorCodec`, but fails or panics on tensor `t10`.

@@ -241,7 +241,7 @@ fn encode<E: Elem>(
     let old = E::split(parent);
     let most = if new.len() < FEW { new.len() } else { new.len() / DENSE };
     let mut census = Census::default();
-    match scratch.survey.of::<E>(level, old, new, most, &mut census, &mut |end| read(end * size_of::<E>())) {
+    match scratch.survey.of::<E>(level, old, new, most, &mut census, read) {
         Some(0) => out.push(Form::Same as u8),
         Some(_) => {
             out.push(Form::Sparse as u8);

@@ -9,7 +9,7 @@ use super::elem::Elem;
 use super::golomb::{Golomb, MAX_SHIFT};
 use super::numbers::{MAGNITUDE_TOKENS, Numbers, best, read_numbers, write_numbers};
 use super::rans::{self, Chances, DecodeTable, EncodeTable, Words};
-use super::simd::{Instructions, Isa, Kernel, TILE};
+use super::simd::{Instructions, Isa, Kernel, TILE, prefetch};
 use super::tiles::{Survey, TileMasks};
 
 /// About the bits of a class in the header.
@@ -554,7 +554,7 @@ impl<E: Elem> Kernel for Patch<'_, E> {
             let mut ahead = rest[..rest.len().min(TILE)].chunks(TILE / 8);
             for class in 0..classes {
                 if let Some(ahead) = ahead.next() {
-                    isa.prefetch(E::bytes(ahead));
+                    prefetch(E::bytes(ahead));
                 }
                 let (first, count) = (seen[class], tile.count(class));
                 seen[class] += count;

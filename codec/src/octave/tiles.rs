@@ -2,7 +2,7 @@
 
 use super::classes::{Census, Classes, MAX};
 use super::elem::Elem;
-use super::simd::{Counts, Instructions, Isa, Kernel, TILE, WORDS, slot};
+use super::simd::{Counts, Instructions, Isa, Kernel, TILE, WORDS, read_on, slot};
 
 /// The class of each element of a tile, as masks with running counts.
 #[derive(Debug)]
@@ -99,7 +99,7 @@ pub(super) struct Survey {
 
 impl Survey {
     /// Finds what differs and counts it in `census`. Returns how many elements that is, or nothing as soon as there
-    /// are more than `most`. Calls `read` with the end of each stretch of elements when it is done with it.
+    /// are more than `most`. Calls `read` with the end of each stretch of bytes when it is done with it.
     pub(super) fn of<E: Elem>(
         &mut self,
         level: Instructions,
@@ -128,13 +128,6 @@ impl Survey {
             (&self.places[range.clone()], &self.steps[range])
         })
     }
-}
-
-/// The elements that are called read at a time.
-const STRETCH: usize = TILE / 8;
-
-fn stretch<T>(all: &[T], start: usize) -> &[T] {
-    all.get(start..).map_or(&[], |rest| &rest[..rest.len().min(STRETCH)])
 }
 
 struct Find<'a, E: Elem> {
@@ -184,13 +177,9 @@ impl<E: Elem> Kernel for Find<'_, E> {
                 return None;
             }
             ends.push(found);
-            // Whoever is told digests these stretches. Meanwhile the next tile comes from memory.
-            for _ in (0..old.len()).step_by(STRETCH) {
-                isa.prefetch(E::bytes(stretch(self.old, done + TILE)));
-                isa.prefetch(E::bytes(stretch(self.new, done + TILE)));
-                done = self.old.len().min(done + STRETCH);
-                (self.read)(done);
-            }
+            let start = done;
+            done += size_of_val(old);
+            read_on(start..done, [E::bytes(self.old), E::bytes(self.new)], self.read);
         }
         Some(found)
     }

@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use bytes::Bytes;
 use towline_core::safetensors::SafetensorsFiles;
-use towline_core::{Error, Result, TensorMeta, TensorSource, position};
+use towline_core::{Error, Result, TensorDigest, TensorMeta, TensorSource, position};
 use towline_storage::FileSource;
 
 use super::output::Progress;
@@ -94,6 +95,10 @@ impl<S: TensorSource> TensorSource for Subset<'_, S> {
             None => Err(Error::invalid(format!("tensor {index} of {} was asked for", self.places.len()))),
         }
     }
+
+    fn digest(&self, index: usize) -> Option<&OnceLock<TensorDigest>> {
+        self.source.digest(*self.places.get(index)?)
+    }
 }
 
 /// A source whose reads move a progress bar.
@@ -115,6 +120,10 @@ impl<S: TensorSource> TensorSource for Counted<'_, S> {
         let bytes = self.0.read_range(index, range)?;
         self.1.add(bytes.len() as u64);
         Ok(bytes)
+    }
+
+    fn digest(&self, index: usize) -> Option<&OnceLock<TensorDigest>> {
+        self.0.digest(index)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::{Bytes, BytesMut};
 use serde_json::json;
@@ -244,6 +244,10 @@ impl TensorSource for Part<'_> {
 
     fn read_range(&self, index: usize, range: Range<usize>) -> Result<Bytes> {
         self.source.read_range(self.start + index, range)
+    }
+
+    fn digest(&self, index: usize) -> Option<&OnceLock<TensorDigest>> {
+        self.source.digest(self.start + index)
     }
 }
 

@@ -12,6 +12,8 @@
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use std::ops::Range;
+
 use super::classes::{Classes, MAX};
 use super::elem::Elem;
 use super::rans::{EncodeTable, LANES};
@@ -98,6 +100,31 @@ impl Instructions {
     }
 }
 
+/// The bytes that are called read at a time.
+const STRETCH: usize = 2048;
+
+/// Has `bytes` come into the cache while other work is done.
+#[inline(always)]
+pub(super) fn prefetch(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    x86::prefetch(bytes);
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
+}
+
+/// Calls `read` with the end of each stretch of `done`. Whoever is told digests it. Meanwhile what stands in `sources`
+/// as far behind as `done` is long comes from memory.
+pub(super) fn read_on(done: Range<usize>, sources: [&[u8]; 2], read: &mut dyn FnMut(usize)) {
+    for start in done.clone().step_by(STRETCH) {
+        let end = done.end.min(start + STRETCH);
+        for source in sources {
+            let behind = source.get(start + done.len()..).unwrap_or_default();
+            prefetch(&behind[..behind.len().min(STRETCH)]);
+        }
+        read(end);
+    }
+}
+
 /// A loop that is compiled for each instruction set. `run` must be `#[inline(always)]`.
 pub(super) trait Kernel {
     type Output;
@@ -125,10 +152,6 @@ pub(super) trait Isa: Copy {
 
     /// Bit `i` is set where byte `i` is not zero.
     fn nonzero(self, bytes: &[u8; 64]) -> u64;
-
-    /// Has `bytes` come into the cache while other work is done.
-    #[inline(always)]
-    fn prefetch(self, _bytes: &[u8]) {}
 
     /// Bit `i` is set where element `i` differs. Sets the keys of the old ones.
     #[inline(always)]

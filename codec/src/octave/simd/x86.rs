@@ -68,20 +68,16 @@ fn select_bmi2(word: u64, rank: u32) -> u32 {
     unsafe { _pdep_u64(1 << rank, word) }.trailing_zeros()
 }
 
+/// As [`super::prefetch`].
 #[inline(always)]
-fn prefetch_lines(bytes: &[u8]) {
+pub(super) fn prefetch(bytes: &[u8]) {
     for line in bytes.chunks(64) {
-        // SAFETY: token; every processor of this architecture has the instruction, and nothing is read.
+        // SAFETY: every processor of this architecture has the instruction, and it reads nothing.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
     }
 }
 
 impl Isa for Avx2 {
-    #[inline(always)]
-    fn prefetch(self, bytes: &[u8]) {
-        prefetch_lines(bytes);
-    }
-
     #[inline(always)]
     fn nonzero(self, bytes: &[u8; 64]) -> u64 {
         self.at_least(bytes, 1)
@@ -143,11 +139,6 @@ fn keys_of_halves(low: __m512i, high: __m512i) -> __m512i {
 
 impl Isa for Avx512 {
     const HAS_RANS: bool = true;
-
-    #[inline(always)]
-    fn prefetch(self, bytes: &[u8]) {
-        prefetch_lines(bytes);
-    }
 
     #[inline(always)]
     fn nonzero(self, bytes: &[u8; 64]) -> u64 {
