@@ -13,7 +13,7 @@ pub(super) const MAX: usize = 16;
 const MAX_MAGNITUDE: u64 = 1 << 40;
 /// Elements are counted by key in stretches of this many, so that about [`SAMPLE`] are counted.
 pub(super) const STRETCH: usize = 64;
-pub(super) const SAMPLE: usize = 1 << 15;
+pub(super) const SAMPLE: usize = 1 << 14;
 
 /// The first key of each class but the first, ascending.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -58,9 +58,23 @@ impl Golomb {
     /// The best divisor for `count` numbers, of which zeros may be left out, and about the bits that they take.
     #[inline(always)]
     pub(super) fn best(count: usize, numbers: &(impl Iterator<Item = u64> + Clone)) -> (Self, u64) {
+        Self::best_of_sum(count, numbers.clone().map(Self::bounded).sum(), numbers)
+    }
+
+    /// What a number adds to the sum that chooses a divisor: a few wild ones go into tails and must not decide.
+    #[inline(always)]
+    pub(super) fn bounded(number: u64) -> u64 {
+        number.min(1 << 32)
+    }
+
+    /// As `best`, for numbers whose `sum` is known.
+    #[inline(always)]
+    pub(super) fn best_of_sum(
+        count: usize,
+        sum: u64,
+        numbers: &(impl Iterator<Item = u64> + Clone),
+    ) -> (Self, u64) {
         let count = count as u64;
-        // A few wild numbers go into tails and must not decide.
-        let sum: u64 = numbers.clone().map(|number| number.min(1 << 32)).sum();
         // Of numbers that fall off geometrically the best is about ln 2 times the mean: one of its two neighbours.
         let ideal = (sum / count.max(1) * 709 + 709 / 2) >> 10;
         let power = ideal.max(1).ilog2().min(MAX_SHIFT - 1);

@@ -37,11 +37,16 @@ pub(super) fn best(
     numbers: impl Iterator<Item = u64> + Clone,
     above: impl Iterator<Item = (u32, u64)> + Clone,
 ) -> (Numbers, u64) {
-    let some = above.clone().count();
+    let (mut some, mut sum, mut all) = (0, 0, 0);
+    for number in numbers.clone() {
+        some += usize::from(number > 0);
+        sum += Golomb::bounded(number);
+        all |= number;
+    }
     if some == 0 {
         return (Numbers::Zero, 0);
     }
-    let (divisor, each) = Golomb::best(count, &numbers);
+    let (divisor, each) = Golomb::best_of_sum(count, sum, &numbers);
     let mut best = (Numbers::Each(divisor), each);
     if some * 2 < count {
         let (zeros, places) = Golomb::best(some, &runs(above.clone()).map(|(run, _)| run));
@@ -50,7 +55,7 @@ pub(super) fn best(
             best = (Numbers::Listed { count: some, zeros, value }, places + values + LISTED_BITS);
         }
     } else {
-        let bits = 64 - numbers.fold(0, |all, number| all | number).leading_zeros();
+        let bits = 64 - all.leading_zeros();
         let fixed = u64::from(bits) * count as u64;
         if bits <= MAX_SHIFT && fixed < best.1 {
             best = (Numbers::Fixed { bits }, fixed);
