@@ -48,9 +48,10 @@ struct Run {
 }
 
 /// The first one is `--quick`.
-const RUNS: [Run; 5] = [
+const RUNS: [Run; 6] = [
     Run { kind: "rl", rate: "1e-06", save: &[(1, &["bf16", "f16", "f32", "fp8"])], bases: true },
     Run { kind: "rl", rate: "5e-07", save: &[(1, &["bf16"])], bases: false },
+    Run { kind: "rl", rate: "3e-06", save: &[(1, &["bf16"])], bases: false },
     Run { kind: "rl", rate: "5e-06", save: &[(1, &["bf16"])], bases: false },
     Run { kind: "rl", rate: "1e-05", save: &[(1, &["bf16"])], bases: false },
     Run { kind: "sft", rate: "2e-05", save: &[(1, &["bf16", "f32"]), (10, &["bf16"])], bases: false },
