@@ -34,7 +34,7 @@ pub(super) enum Numbers {
 #[inline(always)]
 pub(super) fn best(
     count: usize,
-    numbers: impl Iterator<Item = u64> + Clone,
+    numbers: &(impl Iterator<Item = u64> + Clone),
     above: impl Iterator<Item = (u32, u64)> + Clone,
 ) -> (Numbers, u64) {
     let (mut some, mut sum, mut all) = (0, 0, 0);
@@ -46,7 +46,7 @@ pub(super) fn best(
     if some == 0 {
         return (Numbers::Zero, 0);
     }
-    let (divisor, each) = Golomb::best_of_sum(count, sum, &numbers);
+    let (divisor, each) = Golomb::best_of_sum(count, sum, numbers);
     let mut best = (Numbers::Each(divisor), each);
     if some * 2 < count {
         let (zeros, places) = Golomb::best(some, &runs(above.clone()).map(|(run, _)| run));

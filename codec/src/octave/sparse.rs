@@ -223,9 +223,9 @@ fn plans(lists: &[List<'_>]) -> Vec<Plan> {
     let mut saved = 0.0;
     for list in lists {
         let count = list.gaps.len();
-        let gaps = best(count, list.waits(), list.waits_above()).0;
+        let gaps = best(count, &list.waits(), list.waits_above()).0;
         let more = list.large.iter().map(|large| large.1);
-        let (magnitudes, bits) = best(count, more, list.large.iter().copied());
+        let (magnitudes, bits) = best(count, &more, list.large.iter().copied());
         let (saves, with_table) = list.coded(bits);
         if saves > 0.0 {
             saved += saves;

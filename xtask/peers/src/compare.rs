@@ -145,6 +145,7 @@ fn merged(codec: &str, by: &str, encoded: &Value, decoded: &Value) -> Vec<Value>
                 "encode_checked_gbps": encode["checked_gbps"],
                 "encode_runs": encode["runs"],
                 "scan_gbps": encode["physics_gbps"],
+                "clock_ghz": encode["clock_ghz"],
                 "encode_extra_mib": mib(encode),
                 "decode_gbps": decode["gbps"],
                 "decode_best_gbps": decode["best_gbps"],
@@ -160,26 +161,27 @@ fn merged(codec: &str, by: &str, encoded: &Value, decoded: &Value) -> Vec<Value>
 
 /// The rows of the machine itself: the middle of what stood beside all codecs.
 fn machine(rows: &[Value]) -> Vec<Value> {
-    let mut speeds: BTreeMap<u64, (Vec<f64>, Vec<f64>)> = BTreeMap::new();
+    let mut speeds: BTreeMap<u64, [Vec<f64>; 3]> = BTreeMap::new();
     for row in rows {
-        let (Some(threads), Some(scan), Some(copy)) =
-            (row["threads"].as_u64(), row["scan_gbps"].as_f64(), row["memcpy_gbps"].as_f64())
+        let speed = |name: &str| row[name].as_f64();
+        let (Some(threads), Some(scan), Some(copy), Some(clock)) =
+            (row["threads"].as_u64(), speed("scan_gbps"), speed("memcpy_gbps"), speed("clock_ghz"))
         else {
             continue;
         };
         let of_threads = speeds.entry(threads).or_default();
-        of_threads.0.push(scan);
-        of_threads.1.push(copy);
+        of_threads.iter_mut().zip([scan, copy, clock]).for_each(|(all, speed)| all.push(speed));
     }
     speeds
         .into_iter()
-        .map(|(threads, (scans, copies))| {
+        .map(|(threads, [scans, copies, clocks])| {
             json!({
                 "codec": "machine",
                 "by": "machine",
                 "threads": threads,
                 "scan_gbps": median_and_least(scans).0,
                 "memcpy_gbps": median_and_least(copies).0,
+                "clock_ghz": median_and_least(clocks).0,
             })
         })
         .collect()
@@ -233,7 +235,7 @@ mod tests {
         let half = |gbps: f64, physics: f64, mib: f64| {
             let row = |threads| {
                 json!({"threads": threads, "gbps": gbps * f64::from(threads), "best_gbps": 9.0, "runs": 2,
-                       "physics_gbps": physics, "extra_mib": mib})
+                       "physics_gbps": physics, "clock_ghz": physics / 10.0, "extra_mib": mib})
             };
             json!({"encoded_bytes": 5, "raw_bytes": 50, "rows": [row(1), row(2)]})
         };
@@ -246,6 +248,7 @@ mod tests {
         rows.push(json!({"codec": "d", "error": "no"}));
         let machine = machine(&rows);
         assert_eq!(machine[0]["scan_gbps"], json!(20.0));
+        assert_eq!(machine[0]["clock_ghz"], json!(2.0));
         assert_eq!(machine[1]["memcpy_gbps"], json!(5.0));
     }
 }

@@ -2,6 +2,7 @@
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use bytes::Bytes;
 use towline_core::{DIGEST_BLOCK, Error, Result, TensorMeta, block_digest};
@@ -81,6 +82,21 @@ pub(crate) fn copy(
             Ok(())
         },
     )
+}
+
+/// The clock of a core in GHz as a program sees it: a neighbour on the same core takes its share. Counted by a chain of
+/// shifts and exclusive ors that wait for one another, a cycle each.
+pub(crate) fn clock_ghz() -> f64 {
+    const STEPS: u32 = 1_000_000;
+    let started = Instant::now();
+    let mut number = black_box(1u64);
+    for _ in 0..STEPS {
+        number ^= number << 13;
+        number ^= number >> 7;
+        number ^= number << 17;
+    }
+    black_box(number);
+    6.0 * f64::from(STEPS) / 1e9 / started.elapsed().as_secs_f64()
 }
 
 /// Takes the digests of tensors as Towline's files hold them, which no peer does. Peers are shown with and without.

@@ -67,11 +67,21 @@ pub(super) struct Report {
     pub(super) floor: Option<f64>,
     pub(super) manifest: Option<f64>,
     pub(super) rows: Vec<Row>,
-    /// Threads, and the speed of a scan and a copy.
-    pub(super) machine: Vec<(u64, f64, f64)>,
+    pub(super) machine: Vec<Machine>,
     /// What could not be measured, and why.
     pub(super) failed: Vec<(String, String)>,
     pub(super) json: Value,
+}
+
+/// What the machine did with so many threads.
+#[derive(Debug, Clone)]
+pub(super) struct Machine {
+    pub(super) threads: u64,
+    /// The speed of a scan and of a copy, in GB/s.
+    pub(super) scan: f64,
+    pub(super) copy: f64,
+    /// Of a core, in GHz.
+    pub(super) clock: f64,
 }
 
 impl Report {
@@ -99,7 +109,12 @@ impl Report {
                 }
                 Some("machine") => {
                     let threads = row["threads"].as_u64().unwrap_or(1);
-                    report.machine.push((threads, number(row, "scan_gbps")?, number(row, "memcpy_gbps")?));
+                    report.machine.push(Machine {
+                        threads,
+                        scan: number(row, "scan_gbps")?,
+                        copy: number(row, "memcpy_gbps")?,
+                        clock: number(row, "clock_ghz")?,
+                    });
                     continue;
                 }
                 Some("towline") => By::Towline,
@@ -245,7 +260,7 @@ pub(super) mod tests {
             .flat_map(|(by, id, bytes)| [row(by, id, *bytes, 1), row(by, id, *bytes, 2)])
             .collect();
         rows.push(
-            json!({"codec": "machine", "by": "machine", "threads": 1, "scan_gbps": 8.0, "memcpy_gbps": 16.0}),
+            json!({"codec": "machine", "by": "machine", "threads": 1, "scan_gbps": 8.0, "memcpy_gbps": 16.0, "clock_ghz": 2.5}),
         );
         let about = if delta {
             json!({"raw_bytes": 1000, "floor_bytes": 40.0, "changed": 5, "elements": 500})

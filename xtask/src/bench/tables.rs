@@ -23,14 +23,21 @@ pub(super) fn all(caption: &str, best: &str, reports: &[Report], verdict: &Verdi
     );
     text.push_str(&sizes(best, reports).markdown());
     text.push_str(
-        "\n**Speeds**, in GB of plain weights a second, of each pair. Ours check digests of all they read and write within \
-         that time; in parentheses the others with the same digests taken. Decoding applies in place. Scan compares both \
-         checkpoints, memcpy copies one, on the same buffers beside each run. Memory is the peak beyond the checkpoints.\n",
+        "\n**Speeds**, in GB of plain weights a second, of each pair. Ours take the digests of the new \
+         weights, and check them when they decode, within that time (a parent's are known from the step before); in \
+         parentheses the others with the same digests taken. Decoding applies in place. Scan compares both checkpoints, \
+         memcpy copies one, on the same buffers beside each run. The clock is what a chain of dependent instructions gets \
+         of a core just before each run: on a shared machine a neighbour takes its part. Memory is the peak beyond the \
+         checkpoints.\n",
     );
     for report in reports {
         text.push_str(&format!("\n{}, {:.1} MB", report.name, report.raw / 1e6));
         if let Some(manifest) = report.manifest {
             text.push_str(&format!("; a manifest beside our file has {:.1} kB", manifest / 1e3));
+        }
+        for machine in &report.machine {
+            let (threads, clock) = (machine.threads, machine.clock);
+            text.push_str(&format!("; {clock:.2} GHz beside {threads} thread(s)"));
         }
         text.push_str(&format!(":\n\n{}", speeds(report).markdown()));
     }
@@ -125,9 +132,9 @@ fn speeds(report: &Report) -> Table {
     }
     for (name, group) in [("scan", 0), ("memcpy", 1)] {
         let cell = |at: usize, threads: u64| {
-            let found = report.machine.iter().find(|machine| machine.0 == threads && at == group);
-            found.map_or_else(String::new, |(_, scan, copy)| {
-                format!("{:.2}", if group == 0 { scan } else { copy })
+            let found = report.machine.iter().find(|machine| machine.threads == threads && at == group);
+            found.map_or_else(String::new, |machine| {
+                format!("{:.2}", if group == 0 { machine.scan } else { machine.copy })
             })
         };
         table.row(groups(name.to_owned(), String::new(), &cell));
