@@ -107,6 +107,21 @@ impl Golomb {
         }
     }
 
+    /// As [`Golomb::split`] of a number below 2^32; of others anything.
+    #[inline(always)]
+    fn split_short(self, number: u64) -> (u64, u64, u64) {
+        let (top, bottom) = (number >> self.shift, number & low(self.shift));
+        if self.thirds {
+            // Division by 3, exact below 2^32.
+            let head = top.wrapping_mul(0xaaaa_aaab) >> 33;
+            let third = top.wrapping_sub(3 * head);
+            let length = 1 + third.min(1);
+            (head, bottom << length | third.wrapping_add(third >> 1), length + u64::from(self.shift))
+        } else {
+            (top, bottom, self.shift.into())
+        }
+    }
+
     /// The quotient, the bits of the remainder, and how many they are.
     #[inline(always)]
     fn split(self, number: u64) -> (u64, u64, u32) {
@@ -145,34 +160,49 @@ impl BitWriter<'_> {
     }
 
     #[inline(always)]
-    fn golomb_loop(&mut self, numbers: impl Iterator<Item = u64>, divisor: Golomb) {
-        // Whole bytes go into `room`, and from there to `out` as soon as eight more might not fit.
-        let mut room = [0; 1024];
-        let mut used = 0;
+    fn golomb_loop(&mut self, mut numbers: impl Iterator<Item = u64>, divisor: Golomb) {
+        const AT_ONCE: usize = 64;
+        // Codes have at most 24 + 31 bits, so that they fit behind 7 bits, and are written 8 bytes at a time.
+        let mut room = [0; 7 * AT_ONCE + 8];
         let (mut pending, mut fill) = self.take_bytes();
-        for number in numbers {
-            let (head, rest, length) = divisor.split(number);
-            if used > room.len() - 16 || head >= u64::from(MAX_UNARY) || length > MAX_SHIFT {
-                self.append(&room[..used]);
-                used = 0;
+        loop {
+            let mut some = [0; AT_ONCE];
+            let mut count = 0;
+            for (place, number) in some.iter_mut().zip(numbers.by_ref()) {
+                *place = number;
+                count += 1;
             }
-            if head >= u64::from(MAX_UNARY) || length > MAX_SHIFT {
+            if count == 0 {
+                break;
+            }
+            // Without branches the compiler does eight at once.
+            let (mut codes, mut lengths, mut all, mut longest) = ([0; AT_ONCE], [0; AT_ONCE], 0, 0);
+            for ((&number, code), length) in some.iter().zip(&mut codes).zip(&mut lengths) {
+                let (head, rest, bits) = divisor.split_short(number);
+                *code = (1 | rest << 1) << (head & 63);
+                *length = head.wrapping_add(1 + bits);
+                all |= number;
+                longest = head.max(longest);
+            }
+            if longest >= u64::from(MAX_UNARY) || all >> 32 != 0 || divisor.shift > MAX_SHIFT - 2 {
                 self.set_pending(pending, fill);
-                self.golomb(number, divisor);
+                some[..count].iter().for_each(|&number| self.golomb(number, divisor));
                 (pending, fill) = self.take_bytes();
                 continue;
             }
-            // At most 7 bits, and 24 + 31 more.
-            pending |= (1 | rest << 1) << head << fill;
-            fill += head as u32 + 1 + length;
-            if let Some(place) = room[used..].first_chunk_mut() {
-                *place = pending.to_le_bytes();
+            let mut used = 0;
+            for (code, length) in codes.into_iter().zip(lengths).take(count) {
+                pending |= code << fill;
+                fill += length as u32;
+                if let Some(place) = room[used..].first_chunk_mut() {
+                    *place = pending.to_le_bytes();
+                }
+                used += (fill >> 3) as usize;
+                pending >>= fill & 56;
+                fill &= 7;
             }
-            used += (fill >> 3) as usize;
-            pending >>= fill & 56;
-            fill &= 7;
+            self.append(&room[..used]);
         }
-        self.append(&room[..used]);
         self.set_pending(pending, fill);
     }
 }

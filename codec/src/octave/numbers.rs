@@ -148,6 +148,14 @@ pub(super) fn write_numbers(
             bits.golomb(run, zeros);
             bits.golomb(number - 1, value);
         }),
+        // Only a few have bits behind their tokens.
+        Numbers::Coded { shift: 0 } => {
+            let far = above.filter(|(_, number)| *number >= MAGNITUDE_TOKENS.direct);
+            far.for_each(|(_, number)| {
+                let extra = MAGNITUDE_TOKENS.extra_bits(MAGNITUDE_TOKENS.of(number));
+                bits.put_wide(MAGNITUDE_TOKENS.extra(number, extra), extra);
+            });
+        }
         Numbers::Coded { shift } => numbers.for_each(|number| {
             let extra = MAGNITUDE_TOKENS.extra_bits(MAGNITUDE_TOKENS.of(number >> shift));
             bits.put_wide(number & low(shift), shift);
@@ -191,6 +199,9 @@ pub(super) fn read_numbers(
             (done..count).try_for_each(|index| take(index, 0))
         }
         Numbers::Coded { shift } => (0..count).zip(tokens.by_ref()).try_for_each(|(index, &token)| {
+            if shift == 0 && u64::from(token) < MAGNITUDE_TOKENS.direct {
+                return take(index, token.into());
+            }
             let bottom = bits.take(shift);
             let extra = bits.take_wide(MAGNITUDE_TOKENS.extra_bits(token).min(64));
             let top = MAGNITUDE_TOKENS.any_value(token, extra).checked_shl(shift).unwrap_or(0);

@@ -425,7 +425,11 @@ impl Buffers {
         let mut class = 0;
         for (list, plan) in lists.iter().zip(plans) {
             if let Numbers::Coded { shift } = plan.magnitudes {
-                self.tokens.extend(list.each().map(|value| MAGNITUDE_TOKENS.of(value >> shift)));
+                let start = self.tokens.len();
+                self.tokens.resize(start + list.gaps.len(), 0);
+                for &(index, more) in list.large {
+                    self.tokens[start + index as usize] = MAGNITUDE_TOKENS.of(more >> shift);
+                }
                 self.classes.resize(self.tokens.len(), class);
                 class += 1;
             }
