@@ -23,6 +23,8 @@ mod sparse;
 mod tiles;
 mod tokens;
 
+pub(crate) use simd::{MOST_LISTED, list_changes, read_on};
+
 use std::cell::RefCell;
 use std::num::NonZeroUsize;
 

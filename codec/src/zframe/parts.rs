@@ -1,24 +1,29 @@
 //! Takes a block apart into literals and runs.
 
+use std::ops::Range;
+
 use super::codes::{Length, MIN_MATCH, lengths, literal_code, match_code};
+use crate::octave::{MOST_LISTED, list_changes};
 
 /// Shorter runs are literals: their sequence would take more bits than they do.
 const MIN_RUN: usize = 6;
 /// Literals are written 8 at a time.
 const SLACK: usize = 8;
 /// So many changes among 64 bytes leave no runs worth looking for.
-const DENSE: u32 = 32;
-/// How many changes are collected at a time.
-const FEW: usize = 2048;
+const DENSE: u32 = MOST_LISTED;
+/// How many times 64 bytes are looked through at a time.
+const STRETCH: usize = 128;
 /// A byte times this is the byte in each place of a word.
 const ONES: u64 = 0x0101_0101_0101_0101;
 /// The highest bit of each byte.
 const TOPS: u64 = 0x8080_8080_8080_8080;
 
-/// Bytes of a block, 64 at a time.
+/// Bytes of a block, in chunks of 64.
 pub(crate) trait Content {
     fn len(&self) -> usize;
-    fn chunks(&self) -> impl Iterator<Item = impl Chunk>;
+    fn chunk(&self, index: usize) -> Chunk;
+    /// As [`list_changes`], for the chunks of a range.
+    fn list_changes(&self, chunks: Range<usize>, before: u8, list: &mut [u32]) -> (usize, usize);
     /// The last `len() % 64` bytes.
     fn rest(&self) -> impl Iterator<Item = u8>;
     /// Copies all bytes to the start of `to`.
@@ -26,11 +31,7 @@ pub(crate) trait Content {
 }
 
 /// 64 bytes as words. A byte of a word is the lower, the earlier it stands.
-pub(crate) trait Chunk: Copy {
-    /// Whether every word is this one.
-    fn is(self, word: u64) -> bool;
-    fn words(self) -> [u64; 8];
-}
+type Chunk = [u64; 8];
 
 /// Bytes as they are.
 pub(crate) struct Plain<'a>(pub(crate) &'a [u8]);
@@ -75,56 +76,83 @@ impl Parts {
             literals: vec![0; block + SLACK],
             count: 0,
             sequences: Vec::new(),
-            changes: vec![0; FEW.min(block) + 64],
+            changes: vec![0; STRETCH * DENSE as usize + 64],
         }
     }
 
-    /// Takes a block apart. Its first byte is a literal whatever it is, and every run has literals before it.
-    pub(crate) fn take(&mut self, content: &impl Content) {
+    /// Takes a block apart. Its first byte is a literal whatever it is, and every run has literals before it. Calls
+    /// `read` with the end of each stretch when it is done with it.
+    pub(crate) fn take(&mut self, content: &impl Content, read: &mut dyn FnMut(usize)) {
         self.sequences.clear();
         self.count = 0;
-        let first = content.chunks().next().map(|chunk| chunk.words()[0].to_le_bytes()[0]);
-        let Some(first) = first.or_else(|| content.rest().next()) else { return };
+        let chunks = content.len() / 64;
+        let first =
+            if chunks > 0 { Some(content.chunk(0)[0].to_le_bytes()[0]) } else { content.rest().next() };
+        let Some(first) = first else { return };
         self.literals[0] = first;
         self.count = 1;
         let mut cut = Cut { parts: self, covered: 1, sequenced: 0, last: first };
-        let (mut at, mut found) = (0, 0);
-        // The byte before a chunk, and eight of it.
-        let (mut last, mut equal) = (first, u64::from(first) * ONES);
-        for chunk in content.chunks() {
-            if !chunk.is(equal) {
-                let words = chunk.words();
-                let changes = changes(&words, last);
-                let bytes = words.map(u64::to_le_bytes);
-                let bytes = bytes.as_flattened();
-                if changes.count_ones() >= DENSE {
-                    cut.changes(std::mem::take(&mut found));
-                    cut.literals(at, bytes);
-                } else {
-                    found += list(changes, at, bytes, &mut cut.parts.changes[found..]);
-                    if found >= FEW {
-                        cut.changes(std::mem::take(&mut found));
-                    }
+        let mut last = first;
+        for start in (0..chunks).step_by(STRETCH) {
+            let end = chunks.min(start + STRETCH);
+            let mut done = start;
+            while done < end {
+                let (quiet, found) = content.list_changes(done..end, last, &mut cut.parts.changes);
+                cut.changes(found);
+                done += quiet;
+                if quiet > 0 {
+                    last = content.chunk(done - 1)[7].to_le_bytes()[7];
                 }
-                last = bytes[63];
-                equal = u64::from(last) * ONES;
+                while done < end {
+                    let words = content.chunk(done);
+                    if changes(&words, last).count_ones() < DENSE {
+                        break;
+                    }
+                    cut.literals(done * 64, words.map(u64::to_le_bytes).as_flattened());
+                    last = words[7].to_le_bytes()[7];
+                    done += 1;
+                }
             }
-            at += 64;
+            read(end * 64);
         }
-        cut.changes(found);
-        for byte in content.rest() {
+        for (at, byte) in (chunks * 64..).zip(content.rest()) {
             if byte != cut.last {
                 cut.change(at, byte);
             }
-            at += 1;
         }
-        cut.end(at);
+        cut.end(content.len());
     }
+}
+
+/// As [`list_changes`], on any processor.
+#[inline]
+fn list_of(
+    chunks: impl Iterator<Item = Chunk>,
+    mut before: u8,
+    first: usize,
+    list: &mut [u32],
+) -> (usize, usize) {
+    let (mut done, mut found) = (0, 0);
+    for words in chunks {
+        let equal = u64::from(before) * ONES;
+        if words.iter().fold(0, |all, word| all | (word ^ equal)) != 0 {
+            let changes = changes(&words, before);
+            if changes.count_ones() >= DENSE {
+                break;
+            }
+            let bytes = words.map(u64::to_le_bytes);
+            let bytes = bytes.as_flattened();
+            found += list_some(changes, first + done * 64, bytes, &mut list[found..]);
+            before = bytes[63];
+        }
+        done += 1;
+    }
+    (done, found)
 }
 
 /// One bit for each byte that differs from that before it.
 #[inline]
-fn changes(words: &[u64; 8], before: u8) -> u64 {
+fn changes(words: &Chunk, before: u8) -> u64 {
     let (mut changes, mut before) = (0, u64::from(before));
     for (index, word) in words.iter().enumerate() {
         let differing = word ^ (word << 8 | before);
@@ -137,7 +165,7 @@ fn changes(words: &[u64; 8], before: u8) -> u64 {
 
 /// Lists the bytes at `at` that have a bit in `changes`. Returns their number.
 #[inline]
-fn list(mut changes: u64, at: usize, bytes: &[u8], list: &mut [u32]) -> usize {
+fn list_some(mut changes: u64, at: usize, bytes: &[u8], list: &mut [u32]) -> usize {
     let number = changes.count_ones() as usize;
     // Four at a time, also where there are fewer: the processor need not guess how many.
     for places in list.as_chunks_mut::<4>().0.iter_mut().take(number.div_ceil(4)) {
@@ -232,35 +260,16 @@ impl Cut<'_> {
     }
 }
 
-impl Chunk for &[u8; 64] {
-    #[inline]
-    fn is(self, word: u64) -> bool {
-        self.as_chunks().0.iter().fold(0, |all, bytes| all | (u64::from_le_bytes(*bytes) ^ word)) == 0
-    }
-
-    #[inline]
-    fn words(self) -> [u64; 8] {
-        let mut words = [0; 8];
-        words.iter_mut().zip(self.as_chunks().0).for_each(|(word, bytes)| *word = u64::from_le_bytes(*bytes));
-        words
-    }
+fn words(bytes: &[u8; 64]) -> Chunk {
+    let mut words = [0; 8];
+    words.iter_mut().zip(bytes.as_chunks().0).for_each(|(word, bytes)| *word = u64::from_le_bytes(*bytes));
+    words
 }
 
-impl Chunk for (&[u8; 64], &[u8; 64]) {
-    #[inline]
-    fn is(self, word: u64) -> bool {
-        let pairs = self.0.as_chunks().0.iter().zip(self.1.as_chunks().0);
-        let other =
-            |left: &[u8; 8], right: &[u8; 8]| u64::from_le_bytes(*left) ^ u64::from_le_bytes(*right) ^ word;
-        pairs.fold(0, |all, (left, right)| all | other(left, right)) == 0
-    }
-
-    #[inline]
-    fn words(self) -> [u64; 8] {
-        let mut words = self.0.words();
-        words.iter_mut().zip(self.1.words()).for_each(|(left, right)| *left ^= right);
-        words
-    }
+fn words_of_xor(left: &[u8; 64], right: &[u8; 64]) -> Chunk {
+    let mut words = words(left);
+    words.iter_mut().zip(self::words(right)).for_each(|(left, right)| *left ^= right);
+    words
 }
 
 impl Content for Plain<'_> {
@@ -268,8 +277,14 @@ impl Content for Plain<'_> {
         self.0.len()
     }
 
-    fn chunks(&self) -> impl Iterator<Item = impl Chunk> {
-        self.0.as_chunks::<64>().0.iter()
+    #[inline]
+    fn chunk(&self, index: usize) -> Chunk {
+        words(&self.0.as_chunks().0[index])
+    }
+
+    fn list_changes(&self, chunks: Range<usize>, before: u8, list: &mut [u32]) -> (usize, usize) {
+        let first = chunks.start * 64;
+        list_of(self.0.as_chunks().0[chunks].iter().map(words), before, first, list)
     }
 
     fn rest(&self) -> impl Iterator<Item = u8> {
@@ -286,8 +301,18 @@ impl Content for Xor<'_> {
         self.0.len()
     }
 
-    fn chunks(&self) -> impl Iterator<Item = impl Chunk> {
-        self.0.as_chunks::<64>().0.iter().zip(self.1.as_chunks::<64>().0)
+    #[inline]
+    fn chunk(&self, index: usize) -> Chunk {
+        words_of_xor(&self.0.as_chunks().0[index], &self.1.as_chunks().0[index])
+    }
+
+    fn list_changes(&self, chunks: Range<usize>, before: u8, list: &mut [u32]) -> (usize, usize) {
+        let first = chunks.start * 64;
+        let (left, right) = (&self.0.as_chunks().0[chunks.clone()], &self.1.as_chunks().0[chunks]);
+        list_changes(left, right, before, first as u32, list).unwrap_or_else(|| {
+            let chunks = left.iter().zip(right).map(|(left, right)| words_of_xor(left, right));
+            list_of(chunks, before, first, list)
+        })
     }
 
     fn rest(&self) -> impl Iterator<Item = u8> {
@@ -297,5 +322,36 @@ impl Content for Xor<'_> {
 
     fn copy(&self, to: &mut [u8]) {
         to.iter_mut().zip(self.0.iter().zip(self.1)).for_each(|(to, (left, right))| *to = left ^ right);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_instructions_of_the_processor_list_the_same_changes() {
+        let mut state = 1u64;
+        let mut random = || {
+            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+            state >> 33
+        };
+        for rarity in [1, 2, 3, 8, 40, 1000] {
+            let left: Vec<u8> = (0..STRETCH * 64).map(|_| random() as u8).collect();
+            let right: Vec<u8> = left
+                .iter()
+                .map(|byte| byte ^ if random() % rarity == 0 { random() as u8 % 4 } else { 0 })
+                .collect();
+            let content = Xor(&left, &right);
+            for start in 0..STRETCH {
+                for before in [0, 3] {
+                    let (mut one, mut other) = (vec![0; 8192], vec![0; 8192]);
+                    let found = content.list_changes(start..STRETCH, before, &mut one);
+                    let chunks = (start..STRETCH).map(|index| content.chunk(index));
+                    assert_eq!(found, list_of(chunks, before, start * 64, &mut other));
+                    assert_eq!(one[..found.1], other[..found.1], "{rarity} {start}");
+                }
+            }
+        }
     }
 }

@@ -11,6 +11,7 @@ use towline_core::{Error, Result};
 
 use super::pack::Tables;
 use super::parts::{Content, Parts, Plain, Xor};
+use crate::octave::read_on;
 
 /// The longest block that the format allows.
 pub(crate) const BLOCK: usize = 128 << 10;
@@ -101,7 +102,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Ends the frame with `left ^ right`, which are of one length. Nothing was written before. Calls `read` with the end
-    /// of each block.
+    /// of each stretch that it is done with.
     ///
     /// # Errors
     /// `Internal` if that does not have the length that the frame's header says.
@@ -112,12 +113,17 @@ impl<'a> Writer<'a> {
         read: &mut dyn FnMut(usize),
     ) -> Result<()> {
         let blocks = left.len().min(right.len()).div_ceil(BLOCK);
-        for (index, (left, right)) in left.chunks(BLOCK).zip(right.chunks(BLOCK)).enumerate() {
-            self.block(&Xor(left, right), index + 1 == blocks);
-            read(index * BLOCK + left.len());
+        let mut told = 0;
+        for (index, pair) in left.chunks(BLOCK).zip(right.chunks(BLOCK)).enumerate() {
+            let start = index * BLOCK;
+            self.block(&Xor(pair.0, pair.1), index + 1 == blocks, &mut |end| {
+                read_on(told..start + end, [left, right], read);
+                told = start + end;
+            });
         }
+        read(left.len());
         if blocks == 0 {
-            self.block(&Plain(&[]), true);
+            self.block(&Plain(&[]), true, &mut |_| {});
         }
         self.check()
     }
@@ -134,17 +140,17 @@ impl<'a> Writer<'a> {
 
     fn pending_block(&mut self, last: bool) {
         let mut pending = std::mem::take(&mut self.buffers.pending);
-        self.block(&Plain(&pending), last);
+        self.block(&Plain(&pending), last, &mut |_| {});
         pending.clear();
         self.buffers.pending = pending;
     }
 
-    fn block(&mut self, content: &impl Content, last: bool) {
+    fn block(&mut self, content: &impl Content, last: bool, read: &mut dyn FnMut(usize)) {
         const STORED: u32 = 0;
         const RUN: u32 = 1;
         const PACKED: u32 = 2;
         let Buffers { parts, scratch, .. } = &mut *self.buffers;
-        parts.take(content);
+        parts.take(content, read);
         let mut tables = Tables::default();
         let (kind, size, length) = if parts.count == 1 && self.written > 0 {
             // Some old decoders refuse a run as the first block, so that is packed.

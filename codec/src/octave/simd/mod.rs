@@ -114,7 +114,7 @@ pub(super) fn prefetch(bytes: &[u8]) {
 
 /// Calls `read` with the end of each stretch of `done`. Whoever is told digests it. Meanwhile what stands in `sources`
 /// as far behind as `done` is long comes from memory.
-pub(super) fn read_on(done: Range<usize>, sources: [&[u8]; 2], read: &mut dyn FnMut(usize)) {
+pub(crate) fn read_on(done: Range<usize>, sources: [&[u8]; 2], read: &mut dyn FnMut(usize)) {
     for start in done.clone().step_by(STRETCH) {
         let end = done.end.min(start + STRETCH);
         for source in sources {
@@ -124,6 +124,29 @@ pub(super) fn read_on(done: Range<usize>, sources: [&[u8]; 2], read: &mut dyn Fn
         read(end);
     }
 }
+
+/// Lists where bytes of `left ^ right` differ from the byte before, which for the first one is `before`: the place,
+/// counted from `first`, above the byte in the lowest 8 bits. Ends before the first 64 bytes with [`MOST_LISTED`] or more,
+/// or where `list` has no room for as many. Returns how many times 64 bytes that are, and how many places; nothing if
+/// this processor has no instructions for it.
+pub(crate) fn list_changes(
+    left: &[[u8; 64]],
+    right: &[[u8; 64]],
+    before: u8,
+    first: u32,
+    list: &mut [u32],
+) -> Option<(usize, usize)> {
+    #[cfg(target_arch = "x86_64")]
+    if Instructions::Avx512.available() == Instructions::Avx512 {
+        // SAFETY: `available` checked the features.
+        return Some(unsafe { x86::list_changes(left, right, before, first, list) });
+    }
+    let _ = (left, right, before, first, list);
+    None
+}
+
+/// What [`list_changes`] does not list among 64 bytes.
+pub(crate) const MOST_LISTED: u32 = 32;
 
 /// A loop that is compiled for each instruction set. `run` must be `#[inline(always)]`.
 pub(super) trait Kernel {

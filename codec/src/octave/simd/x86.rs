@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::super::classes::Classes;
 use super::super::elem::Elem;
 use super::super::rans::{CHANCE_BITS, EncodeTable, LOWEST, TOTAL};
-use super::{Counts, Isa, LANES, MAX, TILE, WORDS, slot};
+use super::{Counts, Isa, LANES, MAX, MOST_LISTED, TILE, WORDS, slot};
 
 /// The processor has AVX2, BMI1, BMI2, LZCNT and POPCNT.
 #[derive(Debug, Clone, Copy)]
@@ -437,6 +437,52 @@ impl Isa for Avx512 {
             _mm512_storeu_si512(states.as_mut_ptr().add(16).cast(), state[1]);
         }
         start
+    }
+}
+
+/// As [`super::list_changes`].
+#[target_feature(enable = "popcnt,avx512f,avx512bw,avx512vbmi,avx512vbmi2")]
+pub(super) fn list_changes(
+    left: &[[u8; 64]],
+    right: &[[u8; 64]],
+    before: u8,
+    first: u32,
+    list: &mut [u32],
+) -> (usize, usize) {
+    // SAFETY: bounds: 64 bytes of each; twice 16 places, for which there is room.
+    unsafe {
+        let numbers = _mm512_loadu_si512(BYTE_NUMBERS.as_ptr().cast());
+        // The last byte of the 64 before, then all but the last.
+        let shifted = _mm512_add_epi8(numbers, _mm512_set1_epi8(63));
+        let mut last = _mm512_set1_epi8(before.cast_signed());
+        let (mut at, mut found) = (_mm512_set1_epi32((first << 8).cast_signed()), 0);
+        for (done, (left, right)) in left.iter().zip(right).enumerate() {
+            let left = _mm512_loadu_si512(left.as_ptr().cast());
+            let bytes = _mm512_xor_si512(left, _mm512_loadu_si512(right.as_ptr().cast()));
+            let differ = _mm512_cmpneq_epi8_mask(bytes, _mm512_permutex2var_epi8(last, shifted, bytes));
+            let count = differ.count_ones();
+            let Some(room) = list.get_mut(found..found + MOST_LISTED as usize) else { return (done, found) };
+            if count >= MOST_LISTED {
+                return (done, found);
+            }
+            last = bytes;
+            let places = _mm512_castsi512_si256(_mm512_maskz_compress_epi8(differ, numbers));
+            let values = _mm512_castsi512_si256(_mm512_maskz_compress_epi8(differ, bytes));
+            let joined = |places: __m128i, values: __m128i| {
+                let places = _mm512_slli_epi32::<8>(_mm512_cvtepu8_epi32(places));
+                _mm512_add_epi32(at, _mm512_or_si512(places, _mm512_cvtepu8_epi32(values)))
+            };
+            let few = joined(_mm256_castsi256_si128(places), _mm256_castsi256_si128(values));
+            _mm512_storeu_si512(room.as_mut_ptr().cast(), few);
+            if count > 16 {
+                let more =
+                    joined(_mm256_extracti128_si256::<1>(places), _mm256_extracti128_si256::<1>(values));
+                _mm512_storeu_si512(room.as_mut_ptr().add(16).cast(), more);
+            }
+            found += count as usize;
+            at = _mm512_add_epi32(at, _mm512_set1_epi32(64 << 8));
+        }
+        (left.len().min(right.len()), found)
     }
 }
 
