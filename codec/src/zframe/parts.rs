@@ -309,7 +309,7 @@ impl Content for Xor<'_> {
     fn list_changes(&self, chunks: Range<usize>, before: u8, list: &mut [u32]) -> (usize, usize) {
         let first = chunks.start * 64;
         let (left, right) = (&self.0.as_chunks().0[chunks.clone()], &self.1.as_chunks().0[chunks]);
-        list_changes(left, right, before, first as u32, list).unwrap_or_else(|| {
+        list_changes(left, right, before, first, list).unwrap_or_else(|| {
             let chunks = left.iter().zip(right).map(|(left, right)| words_of_xor(left, right));
             list_of(chunks, before, first, list)
         })

@@ -133,7 +133,7 @@ pub(crate) fn list_changes(
     left: &[[u8; 64]],
     right: &[[u8; 64]],
     before: u8,
-    first: u32,
+    first: usize,
     list: &mut [u32],
 ) -> Option<(usize, usize)> {
     #[cfg(target_arch = "x86_64")]

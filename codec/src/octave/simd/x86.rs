@@ -446,7 +446,7 @@ pub(super) fn list_changes(
     left: &[[u8; 64]],
     right: &[[u8; 64]],
     before: u8,
-    first: u32,
+    first: usize,
     list: &mut [u32],
 ) -> (usize, usize) {
     // SAFETY: bounds: 64 bytes of each; twice 16 places, for which there is room.
@@ -455,7 +455,7 @@ pub(super) fn list_changes(
         // The last byte of the 64 before, then all but the last.
         let shifted = _mm512_add_epi8(numbers, _mm512_set1_epi8(63));
         let mut last = _mm512_set1_epi8(before.cast_signed());
-        let (mut at, mut found) = (_mm512_set1_epi32((first << 8).cast_signed()), 0);
+        let (mut at, mut found) = (_mm512_set1_epi32((first << 8) as i32), 0);
         for (done, (left, right)) in left.iter().zip(right).enumerate() {
             let left = _mm512_loadu_si512(left.as_ptr().cast());
             let bytes = _mm512_xor_si512(left, _mm512_loadu_si512(right.as_ptr().cast()));
