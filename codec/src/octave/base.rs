@@ -13,6 +13,8 @@ use super::tokens::Tokens;
 
 /// The top bits of a base, counted from the window's start, share a token by the number of their bits from here on.
 const DIRECT: u64 = 192;
+/// Of the tokens of a large block, one in so many is counted.
+const COUNTED: usize = 4;
 /// The low bits of elements of 16 bits, which have a fast path.
 const SEVEN: u32 = 7;
 
@@ -36,7 +38,7 @@ pub(super) fn encode<E: Elem>(level: Instructions, new: &[E::Raw], buffers: &mut
     let high = |raw: &E::Raw| E::load(*raw).sign_last().minus(origin).wide() >> shift;
     buffers.tokens.resize(new.len(), 0);
     level.run(High::<E> { new, origin, shift, tokens: &mut buffers.tokens });
-    let mut counts = tally(std::iter::once(buffers.tokens.as_slice()));
+    let mut counts = count(level, &buffers.tokens);
     let direct = tokens.direct.min(256) as usize;
     let far = counts[direct..].iter().any(|&count| count > 0);
     if far {
@@ -65,6 +67,45 @@ pub(super) fn encode<E: Elem>(level: Instructions, new: &[E::Raw], buffers: &mut
             bits.put_wide(tokens.extra(high(&new[at]), extra), extra);
         });
         bits.finish();
+    }
+}
+
+/// How often each token comes up: about, from a part of them, but none that comes up is missing.
+#[inline(never)]
+fn count(level: Instructions, tokens: &[u8]) -> [u32; 256] {
+    let every = if tokens.len() < SAMPLE { 1 } else { COUNTED };
+    let mut counts = tally(tokens.chunks(STRETCH).step_by(every));
+    if every > 1 {
+        let seen = counts.map(|count| u8::from(count > 0));
+        counts.iter_mut().for_each(|count| *count *= every as u32);
+        level.run(CountUnseen { tokens, seen: &seen, counts: &mut counts });
+    }
+    counts
+}
+
+/// Counts the tokens that were not seen in a part.
+struct CountUnseen<'a> {
+    tokens: &'a [u8],
+    seen: &'a [u8; 256],
+    counts: &'a mut [u32; 256],
+}
+
+impl Kernel for CountUnseen<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let (chunks, rest) = self.tokens.as_chunks::<64>();
+        for tokens in chunks {
+            let mut unseen = !isa.nonzero(&isa.look_up(self.seen, tokens));
+            while unseen != 0 {
+                self.counts[usize::from(tokens[unseen.trailing_zeros() as usize % 64])] += 1;
+                unseen &= unseen - 1;
+            }
+        }
+        for &token in rest.iter().filter(|&&token| self.seen[usize::from(token)] == 0) {
+            self.counts[usize::from(token)] += 1;
+        }
     }
 }
 
@@ -245,4 +286,21 @@ pub(super) fn decode<E: Elem>(
         });
     }
     extra.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rare_tokens_are_counted_wherever_they_stand() {
+        let mut tokens: Vec<u8> = (0..2 * SAMPLE + 13).map(|at| (at % 7) as u8).collect();
+        let (behind_the_part, last) = (STRETCH + 5, tokens.len() - 1);
+        (tokens[behind_the_part], tokens[last]) = (200, 255);
+        for level in Instructions::ALL {
+            let counts = count(level, &tokens);
+            assert_eq!((counts[200], counts[255], counts[9]), (1, 1, 0), "{level:?}");
+            assert!(counts[3].abs_diff(tokens.len() as u32 / 7) < 300, "{}", counts[3]);
+        }
+    }
 }
