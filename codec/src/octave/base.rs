@@ -294,7 +294,7 @@ mod tests {
 
     #[test]
     fn rare_tokens_are_counted_wherever_they_stand() {
-        let mut tokens: Vec<u8> = (0..2 * SAMPLE + 13).map(|at| (at % 7) as u8).collect();
+        let mut tokens: Vec<u8> = (0..2 * SAMPLE + STRETCH + 13).map(|at| (at % 7) as u8).collect();
         let (behind_the_part, last) = (STRETCH + 5, tokens.len() - 1);
         (tokens[behind_the_part], tokens[last]) = (200, 255);
         for level in Instructions::ALL {
