@@ -45,7 +45,8 @@ pub(crate) struct Parts {
     pub(crate) literals: Vec<u8>,
     pub(crate) count: usize,
     pub(crate) sequences: Vec<Sequence>,
-    /// Where a byte differs from that before it: the place above its value in the lowest 8 bits.
+    /// Where a byte differs from that before it: the place above its value in the lowest 8 bits. There is room for all
+    /// that a stretch can list.
     changes: Vec<u32>,
 }
 

@@ -1,11 +1,12 @@
 //! The loops that depend on the processor: with `x86`, the only code of this crate that is `unsafe`.
 //!
 //! A [`Kernel`] is written once, for any [`Isa`]. [`Instructions::run`] compiles it for each set of instructions and picks
-//! one at run time. Two things make that sound, and each `unsafe` block names the one it rests on:
+//! one at run time. Three things make that sound, and each `unsafe` block names the one it rests on:
 //!
 //! - **token**: an [`Avx2`] or [`Avx512`] is made only in [`Instructions::run`], behind the check that the processor has
 //!   all the features that its methods use;
-//! - **bounds**: a read or write through a pointer stays within a slice or an array of a known length.
+//! - **bounds**: a read or write through a pointer stays within a slice or an array of a known length;
+//! - **baseline**: every processor of the architecture has the instruction.
 
 #![expect(unsafe_code, reason = "instructions beyond the baseline, behind tokens of what the processor has")]
 

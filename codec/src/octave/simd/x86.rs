@@ -72,7 +72,7 @@ fn select_bmi2(word: u64, rank: u32) -> u32 {
 #[inline(always)]
 pub(super) fn prefetch(bytes: &[u8]) {
     for line in bytes.chunks(64) {
-        // SAFETY: every processor of this architecture has the instruction, and it reads nothing.
+        // SAFETY: baseline; nothing is read.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
     }
 }
@@ -449,7 +449,7 @@ pub(super) fn list_changes(
     first: usize,
     list: &mut [u32],
 ) -> (usize, usize) {
-    // SAFETY: bounds: 64 bytes of each; twice 16 places, for which there is room.
+    // SAFETY: the features are this function's; bounds: 64 bytes of each; twice 16 places, for which there is room.
     unsafe {
         let numbers = _mm512_loadu_si512(BYTE_NUMBERS.as_ptr().cast());
         // The last byte of the 64 before, then all but the last.
