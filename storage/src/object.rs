@@ -251,20 +251,42 @@ fn update_version(version: &Version) -> UpdateVersion {
 /// `error` of the back end with the caller's reaction to it.
 fn failed(error: Theirs, key: &impl Display, what: &str) -> Error {
     // No `match`: which kinds there are depends on the crate's features.
-    let kind = if matches!(error, Theirs::NotFound { .. }) {
-        ErrorKind::NotFound
+    let (kind, help) = if says(&error, &["NoSuchBucket", "ContainerNotFound", "bucket does not exist"]) {
+        // Not `NotFound`: a job that is not there would look like a new one.
+        (ErrorKind::Invalid, Some("create the bucket, or correct the store's URL"))
+    } else if matches!(error, Theirs::NotFound { .. }) {
+        (ErrorKind::NotFound, None)
     } else if matches!(error, Theirs::AlreadyExists { .. }) {
-        ErrorKind::AlreadyExists
+        (ErrorKind::AlreadyExists, None)
     } else if matches!(error, Theirs::Precondition { .. } | Theirs::NotModified { .. }) {
-        ErrorKind::Conflict
+        (ErrorKind::Conflict, None)
+    } else if says(&error, &["RequestTimeTooSkewed"]) {
+        (ErrorKind::Denied, Some("set this machine's clock"))
     } else if matches!(error, Theirs::PermissionDenied { .. } | Theirs::Unauthenticated { .. }) {
-        ErrorKind::Denied
+        (ErrorKind::Denied, Some("check the credentials and what they may do"))
     } else if matches!(error, Theirs::NotSupported { .. } | Theirs::NotImplemented { .. }) {
-        ErrorKind::Unsupported
+        (ErrorKind::Unsupported, None)
     } else if matches!(error, Theirs::InvalidPath { .. } | Theirs::UnknownConfigurationKey { .. }) {
-        ErrorKind::Invalid
+        (ErrorKind::Invalid, None)
     } else {
-        ErrorKind::Unavailable
+        (ErrorKind::Unavailable, Some("check that the store runs and that the network reaches it"))
     };
-    Error::new(kind, format!("`{key}` could not be {what}")).with_source(error)
+    let failed = Error::new(kind, format!("`{key}` could not be {what}")).with_source(error);
+    match help {
+        Some(help) => failed.with_help(help),
+        None => failed,
+    }
+}
+
+/// Whether the server's answer has one of `codes` in it. Only its text tells some faults apart.
+fn says(error: &Theirs, codes: &[&str]) -> bool {
+    let mut next: Option<&dyn std::error::Error> = Some(error);
+    while let Some(error) = next {
+        let text = error.to_string();
+        if codes.iter().any(|code| text.contains(code)) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
 }

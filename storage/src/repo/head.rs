@@ -10,8 +10,8 @@ use super::info::{SnapshotInfo, Wanted};
 use super::ops::{Budget, Ops, may_have_landed};
 use crate::random::{now_ms, random};
 
-/// The version of the stored form that is written. Readers take this one and refuse newer ones.
-const HEAD_VERSION: u32 = 1;
+/// The version of the stored form that is written. Readers take this one and those before, and refuse newer ones.
+const HEAD_VERSION: u32 = 2;
 /// The largest head that is read, in bytes: about a hundred thousand snapshots.
 pub const MAX_HEAD: u64 = 64 << 20;
 
@@ -30,6 +30,34 @@ pub(super) struct Head {
     updated_ms: u64,
     /// Everything that exists, by number.
     pub(super) live: Vec<SnapshotInfo>,
+    /// What must not go away. Since version 2.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) pins: Vec<Pin>,
+    /// What exists no longer, and whose files are still to be deleted, by number. Since version 2.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) tombstones: Vec<Tombstone>,
+}
+
+/// A promise to keep a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Pin {
+    /// Its name, by which it is taken away.
+    pub id: String,
+    /// The number of the snapshot.
+    pub seq: u64,
+    /// Why, for humans.
+    pub reason: String,
+}
+
+/// A snapshot that was given up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Tombstone {
+    pub(super) info: SnapshotInfo,
+    /// When it was given up: milliseconds since 1970 by the store's clock.
+    pub(super) since_ms: u64,
 }
 
 /// Who may commit.
@@ -49,16 +77,19 @@ impl Head {
     pub(super) fn opened(old: Option<Self>, job: &JobId, session: &SessionId, opening: &WriteId) -> Self {
         let epoch = old.as_ref().map_or(0, |head| head.fence.epoch) + 1;
         let fence = Fence { epoch, session: session.clone(), opening: opening.clone() };
-        let (next_seq, live) = old.map_or((1, Vec::new()), |head| (head.next_seq, head.live));
-        Self {
+        let empty = || Self {
             version: HEAD_VERSION,
             job: job.clone(),
-            fence,
+            fence: fence.clone(),
             write_id: opening.clone(),
-            next_seq,
+            next_seq: 1,
             updated_ms: 0,
-            live,
-        }
+            live: Vec::new(),
+            pins: Vec::new(),
+            tombstones: Vec::new(),
+        };
+        let old = old.unwrap_or_else(empty);
+        Self { fence, write_id: opening.clone(), ..old }
     }
 
     /// # Errors
@@ -86,9 +117,9 @@ impl Head {
         }
         let Versioned { version } = serde_json::from_slice(bytes)
             .map_err(|error| bad("no JSON with a version").with_source(error))?;
-        if version != HEAD_VERSION {
+        if !(1..=HEAD_VERSION).contains(&version) {
             return Err(Error::unsupported(format!(
-                "head of job {job}: version {version} is stored, version {HEAD_VERSION} is known"
+                "head of job {job}: version {version} is stored, versions up to {HEAD_VERSION} are known"
             ))
             .with_help("upgrade Towline"));
         }
@@ -105,19 +136,43 @@ impl Head {
         if self.fence.epoch == 0 {
             return Err("epoch 0 is no writer's".into());
         }
-        let mut last = 0;
         let mut dirs = BTreeSet::new();
-        for info in &self.live {
-            if info.seq <= last || info.seq >= self.next_seq {
-                return Err(format!("number {} behind {last}, below {}", info.seq, self.next_seq));
-            }
-            last = info.seq;
-            let folder = format!("{}/{:08}-{}-", Wanted::class(info.kind).folder(), info.seq, info.name);
-            if !info.dir.as_str().starts_with(&folder) || !dirs.insert(&info.dir) {
-                return Err(format!("{} lies in `{}`", info.id, info.dir));
+        let mut seqs = BTreeSet::new();
+        let dead = self.tombstones.iter().map(|tombstone| &tombstone.info).collect::<Vec<_>>();
+        for infos in [self.live.iter().collect(), dead] {
+            let mut last = 0;
+            for info in infos {
+                if info.seq <= last || info.seq >= self.next_seq || !seqs.insert(info.seq) {
+                    return Err(format!("number {} behind {last}, below {}", info.seq, self.next_seq));
+                }
+                last = info.seq;
+                let folder = format!("{}/{:08}-{}-", Wanted::class(info.kind).folder(), info.seq, info.name);
+                if !info.dir.as_str().starts_with(&folder) || !dirs.insert(&info.dir) {
+                    return Err(format!("{} lies in `{}`", info.id, info.dir));
+                }
             }
         }
-        Ok(())
+        match self.pins.iter().find(|pin| self.live(pin.seq).is_none()) {
+            Some(pin) => Err(format!("pin `{}` holds number {}, which does not exist", pin.id, pin.seq)),
+            None => Ok(()),
+        }
+    }
+
+    /// What exists with this number.
+    pub(super) fn live(&self, seq: u64) -> Option<&SnapshotInfo> {
+        self.live.binary_search_by_key(&seq, |info| info.seq).ok().and_then(|at| self.live.get(at))
+    }
+
+    /// Whether a snapshot, or one that was given up, has the folder `dir`.
+    pub(super) fn knows(&self, dir: &str) -> bool {
+        let dead = self.tombstones.iter().map(|tombstone| &tombstone.info);
+        self.live.iter().chain(dead).any(|info| info.dir.as_str() == dir)
+    }
+
+    /// As [`Head::live`].
+    pub(super) fn live_mut(&mut self, seq: u64) -> Option<&mut SnapshotInfo> {
+        let at = self.live.binary_search_by_key(&seq, |info| info.seq).ok()?;
+        self.live.get_mut(at)
     }
 }
 
@@ -181,9 +236,10 @@ impl HeadObject {
                 None => (None, PutMode::Create),
             };
             let mut next = change(head)?;
+            next.version = HEAD_VERSION;
             next.write_id = WriteId::from_random(random().to_be_bytes());
             next.updated_ms = now_ms();
-            let body = serde_json::to_vec_pretty(&next).map_err(|error| {
+            let body = serde_json::to_vec(&next).map_err(|error| {
                 Error::internal(format!("the head of job {} could not be written", self.job))
                     .with_source(error)
             })?;
@@ -219,8 +275,10 @@ mod tests {
         }
         assert!(Head::parse(&bytes, &JobId::new("other").unwrap()).is_err());
         let text = String::from_utf8(bytes).unwrap();
-        let newer = text.replace("\"version\":1", "\"version\":2");
+        let newer = text.replace("\"version\":2", "\"version\":3");
         assert_eq!(Head::parse(newer.as_bytes(), &job).unwrap_err().kind(), ErrorKind::Unsupported);
+        let older = text.replace("\"version\":2", "\"version\":1");
+        assert_eq!(Head::parse(older.as_bytes(), &job).unwrap(), Head { version: 1, ..example() });
         let odd = text.replace("\"next_seq\":1", "\"next_seq\":1,\"more\":1");
         assert_eq!(Head::parse(odd.as_bytes(), &job).unwrap_err().kind(), ErrorKind::Corrupt);
     }

@@ -16,9 +16,9 @@ use super::SnapshotRepo;
 use super::chain::MAX_DEPTH;
 use super::files::{INDEX, Work, Written, cut, cut_like, index_json, model_names, write_files};
 use super::head::{Fence, Head, HeadObject};
-use super::info::{SnapshotInfo, Wanted};
+use super::info::{Metric, SnapshotInfo, Wanted};
 use super::publish::{Publish, SaveTrainState};
-use crate::random::{now_ms, random};
+use crate::random::{now_ms, random, whole_ms};
 use crate::shard::check_mode;
 
 /// The writer of a job until another one opens it. Its calls follow one another.
@@ -80,7 +80,7 @@ impl Writer {
     /// * `Unavailable` or `TimedOut` if the store fails; if that happens to the very last step, it may have taken
     ///   effect: look for it before publishing again.
     pub async fn publish(&self, publish: Publish) -> Result<SnapshotRef> {
-        let Publish { name, kind, weights, parent, codec, files, step, ttl, metadata } = publish;
+        let Publish { name, kind, weights, parent, codec, files, step, ttl, metadata, metrics } = publish;
         let delta = kind == SnapshotKind::Delta;
         if kind == SnapshotKind::State {
             return Err(Error::invalid(format!("`{name}`: a train state is not published"))
@@ -109,6 +109,7 @@ impl Writer {
             ttl,
             metadata,
             sections: serde_json::Map::new(),
+            metrics,
         };
         let (info, manifest) = Box::pin(self.save(save)).await?;
         Ok(self.repo.reference(&info, &manifest))
@@ -119,7 +120,7 @@ impl Writer {
     /// # Errors
     /// `AlreadyExists` at once if a train state has this name; else as [`Writer::publish`].
     pub async fn save_state(&self, state: SaveTrainState) -> Result<SnapshotInfo> {
-        let SaveTrainState { name, tensors, step, ttl, sections } = state;
+        let SaveTrainState { name, tensors, step, ttl, sections, metrics } = state;
         let save = Save {
             name,
             kind: SnapshotKind::State,
@@ -131,11 +132,13 @@ impl Writer {
             ttl,
             metadata: BTreeMap::new(),
             sections,
+            metrics,
         };
         Ok(Box::pin(self.save(save)).await?.0)
     }
 
     async fn save(&self, save: Save) -> Result<(SnapshotInfo, Manifest)> {
+        self.repo.check_ttl(save.ttl)?;
         let mut lowest = self.turn.lock().await;
         let head = self.head.read().await?.ok_or_else(|| {
             Error::corrupt(format!("the head of job {} is gone", self.repo.job))
@@ -202,7 +205,16 @@ impl Writer {
             (manifest.parent, manifest.base) = (Some(parent), Some(base));
         }
         let (bytes, digest) = manifest.to_bytes()?;
-        self.repo.ops.create(&folder.join("manifest.json")?, &Bytes::from(bytes)).await?;
+        let manifest_key = folder.join("manifest.json")?;
+        self.repo.ops.create(&manifest_key, &Bytes::from(bytes)).await?;
+        // Others compare the expiry with the store's clock, so that it is counted by it.
+        let expires_ms = match save.ttl {
+            None => None,
+            Some(ttl) => {
+                let written = self.repo.ops.head(&manifest_key).await?.modified_ms;
+                Some(written.saturating_add(whole_ms(ttl)))
+            }
+        };
 
         let info = SnapshotInfo {
             seq,
@@ -213,11 +225,12 @@ impl Writer {
             dir,
             manifest: digest,
             created_ms,
-            expires_ms: manifest.expires_ms,
+            expires_ms,
             step: save.step,
             stored_bytes: manifest.files.iter().map(|file| file.bytes).sum(),
             full_bytes: raw_bytes,
             codec: manifest.codec.clone(),
+            metrics: save.metrics.clone(),
         };
         *lowest = seq + 1;
         self.commit(&save, &info).await?;
@@ -243,7 +256,10 @@ impl Writer {
             head.live.push(info.clone());
             Ok(head)
         };
-        self.head.replace(add, |head| head.live.iter().rev().find(|live| **live == *info).map(|_| ())).await
+        // By its folder, which no other attempt has: others may have changed its expiry since, or given it up.
+        let dead = |head: &Head| head.tombstones.iter().any(|tombstone| tombstone.info.dir == info.dir);
+        let landed = |head: &Head| head.live(info.seq).is_some_and(|live| live.dir == info.dir) || dead(head);
+        self.head.replace(add, |head| landed(head).then_some(())).await
     }
 
     /// Whether `save` may be committed to `head`.
@@ -331,10 +347,7 @@ struct Save {
     ttl: Option<Duration>,
     metadata: BTreeMap<String, String>,
     sections: serde_json::Map<String, serde_json::Value>,
-}
-
-fn whole_ms(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+    metrics: BTreeMap<String, Metric>,
 }
 
 /// Passed-through files lie beside ours and must not take their names.
