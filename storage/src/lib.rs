@@ -8,7 +8,7 @@
 //! ```text
 //! <job>/head.json                                the only object that is ever replaced
 //! <job>/snapshots/<seq>-<name>-<write id>/       immutable: model-00001-of-000NN.safetensors | .towline, …
-//! <job>/states/<seq>-<name>-<write id>/          immutable: rank-0-0.safetensors, …
+//! <job>/states/<seq>-<name>-<write id>/          immutable: rank-0-0.safetensors, …, rank-0.json
 //!     manifest.json                              written last, if absent
 //! <job>/leases/<seq>-<seconds>-<id>              readers that must not be disturbed
 //! <job>/clock                                    written to learn the store's time
@@ -39,7 +39,8 @@ pub use object::ObjectAdapter;
 pub use open::open;
 pub use options::StoreOptions;
 pub use repo::{
-    Best, Kept, Lease, MAX_HEAD, Metric, Orphan, Pin, Prune, Pruned, Publish, Retention, SaveTrainState,
-    SnapshotInfo, SnapshotRepo, TrainState, Verified, Wanted, Writer, jobs,
+    Best, Kept, Lease, MAX_HEAD, Metric, Orphan, Pin, Prune, Pruned, Publish, RankPart, RankReceipt,
+    RankedSave, Retention, SaveTrainState, SnapshotInfo, SnapshotRepo, StateReader, StateTicket, TrainState,
+    Verified, Wanted, Writer, jobs,
 };
 pub use shard::{ShardReader, ShardSummary, first_payload, write_shard};

@@ -10,7 +10,7 @@ use std::time::Duration;
 use towline_core::{ObjectKey, Result};
 
 use super::SnapshotRepo;
-use super::head::{Head, Tombstone};
+use super::head::{Head, Pending, Tombstone};
 use super::info::{SnapshotInfo, Wanted};
 use super::retain::{Kept, Retention, kept};
 use crate::random::{now_ms, whole_ms};
@@ -128,9 +128,10 @@ impl SnapshotRepo {
             }
             (stays, goes)
         };
+        let stale = |pending: &Pending| pending.since_ms.saturating_add(whole_ms(prune.grace)) <= now_ms;
         let head = self.existing(self.head_object()?.read().await?)?;
         let (stays, goes) = split(&head);
-        if prune.dry_run || goes.is_empty() {
+        if prune.dry_run || goes.is_empty() && !head.pending.iter().any(stale) {
             return Ok((stays, goes));
         }
         let mut outcome = (stays, goes);
@@ -142,10 +143,11 @@ impl SnapshotRepo {
             let dead = outcome.1.iter().map(|info| Tombstone { info: info.clone(), since_ms: now_ms });
             head.tombstones.extend(dead);
             head.tombstones.sort_by_key(|tombstone| tombstone.info.seq);
+            head.pending.retain(|pending| !stale(pending));
             Ok(head)
         };
         // What one run finds to give up, another may have given up in between: only that nothing is left counts.
-        let done = |head: &Head| split(head).1.is_empty().then_some(());
+        let done = |head: &Head| (split(head).1.is_empty() && !head.pending.iter().any(stale)).then_some(());
         self.head_object()?.replace(change, done).await?;
         Ok(outcome)
     }

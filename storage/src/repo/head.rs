@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use towline_core::{Error, ErrorKind, JobId, ObjectKey, PutMode, Result, SessionId, Version, WriteId};
+use towline_core::{
+    Error, ErrorKind, JobId, ObjectKey, PutMode, Result, SessionId, TensorDigest, Version, WriteId,
+};
 
 use super::info::{SnapshotInfo, Wanted};
 use super::ops::{Budget, Ops, may_have_landed};
@@ -14,6 +16,11 @@ use crate::random::{now_ms, random};
 const HEAD_VERSION: u32 = 2;
 /// The largest head that is read, in bytes: about a hundred thousand snapshots.
 pub const MAX_HEAD: u64 = 64 << 20;
+
+/// What stands before a head's digest, before the head and behind it.
+const DIGEST: &str = "{\"digest\":\"";
+const HEAD: &str = "\",\"head\":";
+const END: &[u8] = b"}\n";
 
 /// The state of a job.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +40,9 @@ pub(super) struct Head {
     /// What must not go away. Since version 2.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) pins: Vec<Pin>,
+    /// States whose ranks are writing, by number: their files are nobody else's. Since version 2.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) pending: Vec<Pending>,
     /// What exists no longer, and whose files are still to be deleted, by number. Since version 2.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) tombstones: Vec<Tombstone>,
@@ -57,6 +67,16 @@ pub struct Pin {
 pub(super) struct Tombstone {
     pub(super) info: SnapshotInfo,
     /// When it was given up: milliseconds since 1970 by the store's clock.
+    pub(super) since_ms: u64,
+}
+
+/// A state that was begun.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Pending {
+    pub(super) seq: u64,
+    pub(super) dir: ObjectKey,
+    /// When it was begun: milliseconds since 1970 by the store's clock.
     pub(super) since_ms: u64,
 }
 
@@ -86,10 +106,12 @@ impl Head {
             updated_ms: 0,
             live: Vec::new(),
             pins: Vec::new(),
+            pending: Vec::new(),
             tombstones: Vec::new(),
         };
         let old = old.unwrap_or_else(empty);
-        Self { fence, write_id: opening.clone(), ..old }
+        // What the writer before has begun, it can commit no more.
+        Self { fence, write_id: opening.clone(), pending: Vec::new(), ..old }
     }
 
     /// # Errors
@@ -106,10 +128,32 @@ impl Head {
         .with_help("stop this trainer, or open a new writer to take the job back"))
     }
 
+    /// The bytes to store: JSON, with the digest of the head before it.
+    fn to_bytes(&self) -> Result<Vec<u8>> {
+        let json = serde_json::to_vec(self).map_err(|error| {
+            Error::internal(format!("the head of job {} could not be written", self.job)).with_source(error)
+        })?;
+        let digest = TensorDigest::of(&json);
+        Ok([format!("{DIGEST}{digest}{HEAD}").as_bytes(), &json, END].concat())
+    }
+
     /// Parses stored bytes of `job` and checks what they say of themselves.
     fn parse(bytes: &[u8], job: &JobId) -> Result<Self> {
         let bad = |why: &str| {
             Error::corrupt(format!("head of job {job}: {why}")).with_help("restore head.json from a copy")
+        };
+        // A flipped bit that goes unnoticed here would be written back with the next commit. Version 1 had no digest.
+        let bytes = match bytes.strip_prefix(DIGEST.as_bytes()) {
+            None => bytes,
+            Some(rest) => {
+                let place = rest.windows(HEAD.len()).position(|window| window == HEAD.as_bytes());
+                let (digest, rest) = place.and_then(|at| rest.split_at_checked(at)).unwrap_or_default();
+                let json = rest.get(HEAD.len()..).and_then(|json| json.strip_suffix(END)).unwrap_or_default();
+                if TensorDigest::of(json).to_string().as_bytes() != digest {
+                    return Err(bad("it does not match its digest"));
+                }
+                json
+            }
         };
         #[derive(Deserialize)]
         struct Versioned {
@@ -152,6 +196,9 @@ impl Head {
                 }
             }
         }
+        if let Some(pending) = self.pending.iter().find(|pending| pending.seq >= self.next_seq) {
+            return Err(format!("number {} was begun, the next one is {}", pending.seq, self.next_seq));
+        }
         match self.pins.iter().find(|pin| self.live(pin.seq).is_none()) {
             Some(pin) => Err(format!("pin `{}` holds number {}, which does not exist", pin.id, pin.seq)),
             None => Ok(()),
@@ -163,10 +210,19 @@ impl Head {
         self.live.binary_search_by_key(&seq, |info| info.seq).ok().and_then(|at| self.live.get(at))
     }
 
-    /// Whether a snapshot, or one that was given up, has the folder `dir`.
+    /// Whether a snapshot, one that was given up, or a state that was begun has the folder `dir`.
     pub(super) fn knows(&self, dir: &str) -> bool {
         let dead = self.tombstones.iter().map(|tombstone| &tombstone.info);
-        self.live.iter().chain(dead).any(|info| info.dir.as_str() == dir)
+        let stored = self.live.iter().chain(dead).map(|info| &info.dir);
+        stored.chain(self.pending.iter().map(|pending| &pending.dir)).any(|known| known.as_str() == dir)
+    }
+
+    /// Adds what exists from now on, in its place by number.
+    pub(super) fn add(&mut self, info: SnapshotInfo) {
+        self.next_seq = self.next_seq.max(info.seq + 1);
+        self.pending.retain(|pending| pending.seq != info.seq);
+        let at = self.live.partition_point(|live| live.seq < info.seq);
+        self.live.insert(at, info);
     }
 
     /// As [`Head::live`].
@@ -209,8 +265,16 @@ impl HeadObject {
             ))
             .with_help("restore head.json from a copy"));
         }
-        let bytes = self.ops.get(&self.key, Some(0..MAX_HEAD + 1)).await?;
-        Ok(Some((Head::parse(&bytes, &self.job)?, info.version)))
+        let read = async || {
+            let bytes = self.ops.get(&self.key, Some(0..MAX_HEAD + 1)).await?;
+            Head::parse(&bytes, &self.job)
+        };
+        // Bytes that were damaged on their way come right the second time.
+        let head = match read().await {
+            Err(error) if error.kind() == ErrorKind::Corrupt => read().await?,
+            head => head?,
+        };
+        Ok(Some((head, info.version)))
     }
 
     /// Replaces the head by what `change` makes of it. `done` finds the effect in a head that was read back, for a
@@ -239,11 +303,7 @@ impl HeadObject {
             next.version = HEAD_VERSION;
             next.write_id = WriteId::from_random(random().to_be_bytes());
             next.updated_ms = now_ms();
-            let body = serde_json::to_vec(&next).map_err(|error| {
-                Error::internal(format!("the head of job {} could not be written", self.job))
-                    .with_source(error)
-            })?;
-            match self.ops.put(&self.key, Bytes::from(body), mode).await {
+            match self.ops.put(&self.key, Bytes::from(next.to_bytes()?), mode).await {
                 Ok(_) => {
                     return done(&next)
                         .ok_or_else(|| Error::internal("a change of the head left no trace in it"));
@@ -268,13 +328,23 @@ mod tests {
     #[test]
     fn a_head_goes_round_and_says_what_is_wrong() {
         let job = JobId::new("job").unwrap();
-        let bytes = serde_json::to_vec(&example()).unwrap();
+        let bytes = example().to_bytes().unwrap();
         assert_eq!(Head::parse(&bytes, &job).unwrap(), example());
+        let as_json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+        assert_eq!(as_json["head"]["next_seq"], 1, "other tools can read it");
         for length in 0..bytes.len() {
             assert_eq!(Head::parse(&bytes[..length], &job).unwrap_err().kind(), ErrorKind::Corrupt);
         }
+        for at in 0..bytes.len() {
+            for bit in 0..8 {
+                let mut bytes = bytes.clone();
+                bytes[at] ^= 1 << bit;
+                assert!(Head::parse(&bytes, &job).is_err(), "bit {bit} of byte {at}");
+            }
+        }
         assert!(Head::parse(&bytes, &JobId::new("other").unwrap()).is_err());
-        let text = String::from_utf8(bytes).unwrap();
+        // Without a digest, as version 1 was.
+        let text = serde_json::to_string(&example()).unwrap();
         let newer = text.replace("\"version\":2", "\"version\":3");
         assert_eq!(Head::parse(newer.as_bytes(), &job).unwrap_err().kind(), ErrorKind::Unsupported);
         let older = text.replace("\"version\":2", "\"version\":1");

@@ -1,5 +1,6 @@
 //! The snapshots and train states of one job.
 
+mod boxes;
 mod chain;
 mod collect;
 mod export;
@@ -9,6 +10,8 @@ mod info;
 mod keep;
 mod ops;
 mod publish;
+mod ranks;
+mod reshard;
 mod restore;
 mod retain;
 mod verify;
@@ -36,10 +39,12 @@ pub use head::{MAX_HEAD, Pin};
 pub use info::{Metric, SnapshotInfo, Wanted};
 pub use keep::Lease;
 pub use publish::{Publish, SaveTrainState};
+pub use ranks::{RankPart, RankReceipt, StateTicket};
+pub use reshard::StateReader;
 pub use restore::TrainState;
 pub use retain::{Best, Kept, Retention};
 pub use verify::Verified;
-pub use writer::Writer;
+pub use writer::{RankedSave, Writer};
 
 /// Plain bytes in one file unless the caller says otherwise.
 const SHARD_BYTES: u64 = 512 << 20;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use towline_core::{Codec, SnapshotKind, SnapshotName, TensorSource};
+use towline_core::{Codec, SnapshotKind, SnapshotName, TensorSource, Weights};
 
 use super::info::{Metric, SnapshotInfo};
 
@@ -123,6 +123,12 @@ impl SaveTrainState {
             sections: serde_json::Map::new(),
             metrics: BTreeMap::new(),
         }
+    }
+
+    /// Saves what ranks write as `name`: for [`Writer::begin_state`](crate::Writer::begin_state).
+    #[must_use]
+    pub fn ranked(name: SnapshotName) -> Self {
+        Self::new(name, Arc::new(Weights::default()))
     }
 
     /// Sets the optimizer steps done.
