@@ -25,6 +25,8 @@ mod open;
 mod random;
 mod repo;
 mod shard;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use io::FileSource;
 #[cfg(feature = "local")]
