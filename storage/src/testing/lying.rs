@@ -3,19 +3,25 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use tokio::sync::watch;
 use towline_core::{
     BoxStream, Error, ErrorKind, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result, SnapshotStore,
     Version, async_trait,
 };
 
+/// How long a put that has looked waits for another one.
+const PATIENCE: Duration = Duration::from_millis(100);
+
 /// A promise that a [`LyingStore`] breaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Lie {
-    /// Conditional puts look, let others have their turn, and write then: races have several winners.
+    /// Conditional puts look, wait up to 100 ms for another one to look as well, and write then: races have several
+    /// winners.
     LooksThenPuts,
     /// An update takes any version for the current one.
     AcceptsStaleUpdates,
@@ -33,17 +39,27 @@ pub struct LyingStore {
     inner: Arc<dyn SnapshotStore>,
     lies: Arc<[Lie]>,
     puts: Arc<AtomicU64>,
+    /// Grows with each look.
+    looks: Arc<watch::Sender<u64>>,
 }
 
 impl LyingStore {
     /// `inner` with these lies.
     #[must_use]
     pub fn new(inner: Arc<dyn SnapshotStore>, lies: &[Lie]) -> Self {
-        Self { inner, lies: lies.into(), puts: Arc::default() }
+        Self { inner, lies: lies.into(), puts: Arc::default(), looks: Arc::default() }
     }
 
     fn tells(&self, lie: Lie) -> bool {
         self.lies.contains(&lie)
+    }
+
+    /// Waits until another put has looked as well, or nobody does: turns alone would leave it to the scheduler
+    /// whether a race has a second winner.
+    async fn let_others_look(&self) {
+        self.looks.send_modify(|looks| *looks += 1);
+        let mut looks = self.looks.subscribe();
+        let _nobody_else = tokio::time::timeout(PATIENCE, looks.changed()).await;
     }
 
     /// Whether `mode` holds for what is there now.
@@ -85,12 +101,10 @@ impl SnapshotStore for LyingStore {
                 return Ok(Version::new(format!("lost-{number}")));
             }
         }
-        if !self.tells(Lie::LooksThenPuts) {
+        if mode == PutMode::Overwrite || !self.tells(Lie::LooksThenPuts) {
             return self.inner.put(key, body, mode).await;
         }
-        for _ in 0..3 {
-            tokio::task::yield_now().await;
-        }
+        self.let_others_look().await;
         self.inner.put(key, body, PutMode::Overwrite).await
     }
 
