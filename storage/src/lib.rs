@@ -30,6 +30,8 @@ mod options;
 mod random;
 mod repo;
 mod shard;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use io::FileSource;
 #[cfg(feature = "local")]
