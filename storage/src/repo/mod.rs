@@ -1,5 +1,6 @@
 //! The snapshots and train states of one job.
 
+mod background;
 mod boxes;
 mod chain;
 mod collect;
@@ -34,6 +35,7 @@ use crate::random::now_ms;
 use head::{Head, HeadObject};
 use ops::Ops;
 
+pub use background::{BackgroundSaver, WhenBusy};
 pub use collect::{Orphan, Prune, Pruned};
 pub use head::{MAX_HEAD, Pin};
 pub use info::{Metric, SnapshotInfo, Wanted};
