@@ -62,6 +62,14 @@ pub struct Manifest {
     pub metadata: BTreeMap<String, String>,
     /// Elements that differ from the parent, and elements in all.
     pub changed: Option<(u64, u64)>,
+    /// For a train state: how many ranks wrote it, each with an index `rank-<number>.json` among the files.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub ranks: u32,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it with a reference")]
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// A delta's parent.
@@ -200,6 +208,7 @@ impl Manifest {
             sections: serde_json::Map::new(),
             metadata: BTreeMap::new(),
             changed: None,
+            ranks: 0,
         }
     }
 

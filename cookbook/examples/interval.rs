@@ -2,6 +2,8 @@
 //!
 //! cargo run -p towline-cookbook --example interval
 
+use std::sync::Arc;
+
 use towline_cookbook::engine::Rng;
 use towline_cookbook::recipes::Stack;
 use towline_core::{Result, SnapshotKind, SnapshotName};
@@ -10,7 +12,7 @@ const SYNC_EVERY: u64 = 5;
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let stack = Stack::start(towline_storage::open("memory:")?, "interval").await?;
+    let stack = Stack::start(Arc::new(towline_storage::Memory::new()), "interval").await?;
     let syncer = stack.syncer()?;
     let mut rng = Rng::new(1);
     let mut kinds = Vec::new();

@@ -13,7 +13,7 @@ use towline_trainer_client::PendingExt;
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let stack = Stack::start(towline_storage::open("memory:")?, "on-policy").await?;
+    let stack = Stack::start(Arc::new(towline_storage::Memory::new()), "on-policy").await?;
     let syncer = stack.syncer()?;
     let completions = Completions::new(&stack.server.url())?;
     let mut rng = Rng::new(1);

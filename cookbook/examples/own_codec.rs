@@ -71,7 +71,7 @@ impl Codec for Runs {
 #[tokio::main]
 async fn main() -> Result<()> {
     let codec: Arc<dyn Codec> = Arc::new(Runs);
-    let store = towline_storage::open("memory:")?;
+    let store = Arc::new(towline_storage::Memory::new());
     let repo = SnapshotRepo::new(store, JobId::new("own-codec")?, vec![Arc::clone(&codec)]);
     let writer = repo.writer(SessionId::new("00c0dec0")?).await?;
 

@@ -75,7 +75,8 @@ impl Deployment for ModelDirectory {
 async fn main() -> Result<()> {
     let root = std::env::temp_dir().join(format!("towline-own-deployment-{}", std::process::id()));
     std::fs::create_dir_all(&root).map_err(|error| Error::unavailable("no directory").with_source(error))?;
-    let repo = SnapshotRepo::new(towline_storage::open("memory:")?, JobId::new("own")?, towline_codec::all());
+    let repo =
+        SnapshotRepo::new(Arc::new(towline_storage::Memory::new()), JobId::new("own")?, towline_codec::all());
     let trainer = Trainer::start(&repo, &ModelConfig::tiny(), 1).await?;
     let deployment = Arc::new(ModelDirectory { repo, root: root.clone(), served: Mutex::default() });
     let syncer = WeightSyncer::new(Arc::clone(&trainer.client) as _)

@@ -2,6 +2,7 @@
 //!
 //! cargo run -p towline-cookbook --example split_save_and_sync
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use towline_cookbook::engine::Rng;
@@ -10,7 +11,7 @@ use towline_core::{CheckpointType, ErrorKind, Result, SnapshotName};
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let stack = Stack::start(towline_storage::open("memory:")?, "split").await?;
+    let stack = Stack::start(Arc::new(towline_storage::Memory::new()), "split").await?;
     let syncer = stack.syncer()?;
     let mut rng = Rng::new(1);
 

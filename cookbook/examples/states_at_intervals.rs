@@ -2,6 +2,7 @@
 //!
 //! cargo run -p towline-cookbook --example states_at_intervals
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use towline_cookbook::embedded::loop_state;
@@ -14,7 +15,7 @@ const STATE_EVERY: u64 = 4;
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let stack = Stack::start(towline_storage::open("memory:")?, "states").await?;
+    let stack = Stack::start(Arc::new(towline_storage::Memory::new()), "states").await?;
     let syncer = stack.syncer()?;
     let mut rng = Rng::new(1);
     let mut newest = None;

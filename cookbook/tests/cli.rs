@@ -206,7 +206,7 @@ fn a_store_is_listed_verified_and_exported() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let repo = SnapshotRepo::new(
-            towline_storage::open(text(&store)).unwrap(),
+            towline_storage::open(text(&store), &towline_storage::StoreOptions::new()).unwrap(),
             JobId::new("job").unwrap(),
             towline_codec::all(),
         );

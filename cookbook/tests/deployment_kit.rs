@@ -27,7 +27,7 @@ struct Harness {
 
 impl Harness {
     async fn start() -> Self {
-        let store = towline_storage::open("memory:").unwrap();
+        let store: Arc<dyn SnapshotStore> = Arc::new(towline_storage::Memory::new());
         let repo = SnapshotRepo::new(Arc::clone(&store), JobId::new("kit").unwrap(), towline_codec::all());
         let writer = repo.writer(SessionId::new("0000dddd").unwrap()).await.unwrap();
         let server = Server::start(Arc::clone(&store), ServerOptions::default()).await.unwrap();

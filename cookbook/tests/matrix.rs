@@ -11,7 +11,7 @@ use towline_core::{
     SnapshotId, SnapshotKind, SnapshotName, SnapshotStore, Weights, async_trait,
 };
 use towline_deploy::WeightSyncer;
-use towline_storage::{SnapshotRepo, Wanted};
+use towline_storage::{SnapshotRepo, StoreOptions, Wanted};
 
 /// A deployment without HTTP or a model: it holds weights and applies what it is told.
 #[derive(Debug)]
@@ -119,7 +119,9 @@ async fn all_codecs_two_stores_two_deployments() {
             let local = directory.path().join(format!("{id}-{over_http}"));
             let stores = [("memory", "memory:".to_owned()), ("local", local.display().to_string())];
             for (name, url) in stores {
-                let (stored, full) = one(id.as_str(), towline_storage::open(&url).unwrap(), over_http).await;
+                let (stored, full) =
+                    one(id.as_str(), towline_storage::open(&url, &StoreOptions::new()).unwrap(), over_http)
+                        .await;
                 println!(
                     "{id}, {name}, {}: {stored} of {full} bytes",
                     if over_http { "server" } else { "holder" }

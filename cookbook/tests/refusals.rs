@@ -32,7 +32,7 @@ fn weights(seed: u64) -> Weights {
 
 impl Bench {
     async fn new() -> Self {
-        let store = towline_storage::open("memory:").unwrap();
+        let store: Arc<dyn SnapshotStore> = Arc::new(towline_storage::Memory::new());
         let repo =
             SnapshotRepo::new(Arc::clone(&store), JobId::new("refusals").unwrap(), towline_codec::all());
         let writer = repo.writer(SessionId::new("0000bbbb").unwrap()).await.unwrap();
@@ -164,7 +164,7 @@ async fn a_wrong_parent_and_a_delta_sent_as_a_full_snapshot() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bad_requests_get_a_reason_and_nothing_before_the_first_load() {
-    let store = towline_storage::open("memory:").unwrap();
+    let store: Arc<dyn SnapshotStore> = Arc::new(towline_storage::Memory::new());
     let options = ServerOptions::default().with_ready_after(Duration::from_millis(400));
     let server = Server::start(store, options).await.unwrap();
     let http = towline_deploy::http_client(&server.url(), Duration::from_secs(10)).unwrap();

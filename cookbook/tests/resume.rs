@@ -1,5 +1,7 @@
 //! The resume oracle, through client, repo and store: with the optimizer bit for bit, without it not.
 
+use std::sync::Arc;
+
 use towline_cookbook::engine::{ModelConfig, Rng};
 use towline_cookbook::recipes::{DEADLINE, Trainer};
 use towline_core::{ContentDigest, JobId, SaveState, SnapshotName, StateRef, TrainingClient};
@@ -37,7 +39,7 @@ async fn resumed(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn uninterrupted_equals_resumed_with_the_optimizer_and_differs_from_weights_only() {
-    let store = towline_storage::open("memory:").unwrap();
+    let store = Arc::new(towline_storage::Memory::new());
     let repo = SnapshotRepo::new(store, JobId::new("resume").unwrap(), towline_codec::all());
     let trainer = Trainer::start(&repo, &ModelConfig::tiny(), 1).await.unwrap();
     let mut rng = Rng::new(5);

@@ -29,7 +29,7 @@ struct Setup {
 
 impl Setup {
     async fn new(snapshots: u64) -> Self {
-        let store: Arc<dyn SnapshotStore> = towline_storage::open("memory:").unwrap();
+        let store: Arc<dyn SnapshotStore> = Arc::new(towline_storage::Memory::new());
         let repo = SnapshotRepo::new(Arc::clone(&store), JobId::new("soak").unwrap(), towline_codec::all());
         let writer = repo.writer(SessionId::new("0000aaaa").unwrap()).await.unwrap();
         let config = ModelConfig::tiny();

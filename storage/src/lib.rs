@@ -8,23 +8,30 @@
 //! ```text
 //! <job>/head.json                                the only object that is ever replaced
 //! <job>/snapshots/<seq>-<name>-<write id>/       immutable: model-00001-of-000NN.safetensors | .towline, …
-//! <job>/states/<seq>-<name>-<write id>/          immutable: rank-0-0.safetensors, …
+//! <job>/states/<seq>-<name>-<write id>/          immutable: rank-0-0.safetensors, …, rank-0.json
 //!     manifest.json                              written last, if absent
+//! <job>/leases/<seq>-<seconds>-<id>              readers that must not be disturbed
+//! <job>/clock                                    written to learn the store's time
 //! ```
 //!
 //! Opening a [`Writer`] fences the one before it: two trainers can never both commit.
 //!
 //! Futures need a tokio runtime with its timer.
 
+#[cfg(any(feature = "s3", feature = "gcs", feature = "azure"))]
+mod cloud;
 mod io;
 #[cfg(feature = "local")]
 mod local;
 mod memory;
 mod object;
 mod open;
+mod options;
 mod random;
 mod repo;
 mod shard;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use io::FileSource;
 #[cfg(feature = "local")]
@@ -32,7 +39,10 @@ pub use local::Local;
 pub use memory::Memory;
 pub use object::ObjectAdapter;
 pub use open::open;
+pub use options::StoreOptions;
 pub use repo::{
-    MAX_HEAD, Publish, SaveTrainState, SnapshotInfo, SnapshotRepo, TrainState, Verified, Wanted, Writer, jobs,
+    Best, Kept, Lease, MAX_HEAD, Metric, Orphan, Pin, Prune, Pruned, Publish, RankPart, RankReceipt,
+    RankedSave, Retention, SaveTrainState, SnapshotInfo, SnapshotRepo, StateReader, StateTicket, TrainState,
+    Verified, Wanted, Writer, jobs,
 };
 pub use shard::{ShardReader, ShardSummary, first_payload, write_shard};

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt as _;
@@ -23,6 +23,8 @@ use crate::io::clip;
 const PART: usize = 8 << 20;
 /// Parts on their way at once. Memory of a writer: these and one more.
 const PARTS_AT_ONCE: usize = 4;
+/// Listed objects that are looked at, at once, for what the listing left out.
+const HEADS_AT_ONCE: usize = 16;
 
 /// A [`SnapshotStore`] over any back end of the `object_store` crate that has conditional writes.
 ///
@@ -31,13 +33,15 @@ const PARTS_AT_ONCE: usize = 4;
 #[derive(Debug, Clone)]
 pub struct ObjectAdapter {
     inner: Arc<dyn ObjectStore>,
+    /// Whether objects have more of a version than listings tell. Known after the first listed object.
+    lists_less: Arc<OnceLock<bool>>,
 }
 
 impl ObjectAdapter {
     /// The store on `inner`.
     #[must_use]
     pub fn new(inner: Arc<dyn ObjectStore>) -> Self {
-        Self { inner }
+        Self { inner, lists_less: Arc::default() }
     }
 
     async fn get_range(&self, key: &ObjectKey, range: Range<u64>) -> Result<Bytes> {
@@ -52,7 +56,18 @@ impl ObjectAdapter {
                 "`{key}`: wanted bytes from {}, the store answered with {:?}",
                 range.start, found.range
             ))),
-            Ok(found) => found.bytes().await.map_err(|error| failed(error, key, "read")),
+            Ok(found) => {
+                let wanted = found.range.end - found.range.start;
+                let bytes = found.bytes().await.map_err(|error| failed(error, key, "read"))?;
+                if bytes.len() as u64 != wanted {
+                    return Err(Error::corrupt(format!(
+                        "`{key}`: wanted {wanted} bytes at {}, found {}",
+                        range.start,
+                        bytes.len()
+                    )));
+                }
+                Ok(bytes)
+            }
             Err(Theirs::NotFound { source, path }) => {
                 Err(failed(Theirs::NotFound { source, path }, key, "read"))
             }
@@ -114,19 +129,47 @@ impl SnapshotStore for ObjectAdapter {
             Err(error) => return futures_util::stream::once(async { Err(error) }).boxed(),
         };
         let prefix = prefix.cloned();
-        let objects = self.inner.list(folder.as_ref());
-        let objects = objects.filter_map(move |object| {
+        let (inner, lists_less) = (Arc::clone(&self.inner), Arc::clone(&self.lists_less));
+        let objects = self.inner.list(folder.as_ref()).map(move |object| {
+            let (inner, lists_less) = (Arc::clone(&inner), Arc::clone(&lists_less));
             let found = match object {
                 // What others put there under names that are no keys is none of ours.
                 Ok(meta) => ObjectKey::new(meta.location.as_ref())
                     .ok()
                     .filter(|key| prefix.as_ref().is_none_or(|prefix| key.is_under(prefix)))
-                    .map(|key| Ok(info(key, &meta))),
+                    .map(|key| Ok((key, meta))),
                 Err(error) => Some(Err(failed(error, &"the store", "listed"))),
             };
-            async { found }
+            async move {
+                match found? {
+                    Ok((key, meta)) => completed(&*inner, &lists_less, key, meta).await.transpose(),
+                    Err(error) => Some(Err(error)),
+                }
+            }
         });
+        let objects = objects.buffered(HEADS_AT_ONCE).filter_map(|found| async { found });
         objects.boxed()
+    }
+}
+
+/// A listed object with its whole version. The client reads no generation from Google's listings, and nothing else
+/// can be compared and swapped there. `None` if the object went meanwhile.
+async fn completed(
+    store: &dyn ObjectStore,
+    lists_less: &OnceLock<bool>,
+    key: ObjectKey,
+    meta: ObjectMeta,
+) -> Result<Option<ObjectInfo>> {
+    if meta.version.is_some() || lists_less.get() == Some(&false) {
+        return Ok(Some(info(key, &meta)));
+    }
+    match store.head(&meta.location).await {
+        Ok(found) => {
+            lists_less.get_or_init(|| found.version.is_some());
+            Ok(Some(info(key, &found)))
+        }
+        Err(Theirs::NotFound { .. }) => Ok(None),
+        Err(error) => Err(failed(error, &key, "listed")),
     }
 }
 
@@ -251,20 +294,45 @@ fn update_version(version: &Version) -> UpdateVersion {
 /// `error` of the back end with the caller's reaction to it.
 fn failed(error: Theirs, key: &impl Display, what: &str) -> Error {
     // No `match`: which kinds there are depends on the crate's features.
-    let kind = if matches!(error, Theirs::NotFound { .. }) {
-        ErrorKind::NotFound
+    let (kind, help) = if says(&error, &["NoSuchBucket", "ContainerNotFound", "bucket does not exist"]) {
+        // Not `NotFound`: a job that is not there would look like a new one.
+        (ErrorKind::Invalid, Some("create the bucket, or correct the store's URL"))
+    } else if matches!(error, Theirs::NotFound { .. }) {
+        (ErrorKind::NotFound, None)
     } else if matches!(error, Theirs::AlreadyExists { .. }) {
-        ErrorKind::AlreadyExists
-    } else if matches!(error, Theirs::Precondition { .. } | Theirs::NotModified { .. }) {
-        ErrorKind::Conflict
+        (ErrorKind::AlreadyExists, None)
+    } else if matches!(error, Theirs::Precondition { .. } | Theirs::NotModified { .. })
+        // A version that is not of this store, so that its object cannot have it.
+        || says(&error, &["Version required for conditional update"])
+    {
+        (ErrorKind::Conflict, None)
+    } else if says(&error, &["RequestTimeTooSkewed"]) {
+        (ErrorKind::Denied, Some("set this machine's clock"))
     } else if matches!(error, Theirs::PermissionDenied { .. } | Theirs::Unauthenticated { .. }) {
-        ErrorKind::Denied
+        (ErrorKind::Denied, Some("check the credentials and what they may do"))
     } else if matches!(error, Theirs::NotSupported { .. } | Theirs::NotImplemented { .. }) {
-        ErrorKind::Unsupported
+        (ErrorKind::Unsupported, None)
     } else if matches!(error, Theirs::InvalidPath { .. } | Theirs::UnknownConfigurationKey { .. }) {
-        ErrorKind::Invalid
+        (ErrorKind::Invalid, None)
     } else {
-        ErrorKind::Unavailable
+        (ErrorKind::Unavailable, Some("check that the store runs and that the network reaches it"))
     };
-    Error::new(kind, format!("`{key}` could not be {what}")).with_source(error)
+    let failed = Error::new(kind, format!("`{key}` could not be {what}")).with_source(error);
+    match help {
+        Some(help) => failed.with_help(help),
+        None => failed,
+    }
+}
+
+/// Whether the server's answer has one of `codes` in it. Only its text tells some faults apart.
+fn says(error: &Theirs, codes: &[&str]) -> bool {
+    let mut next: Option<&dyn std::error::Error> = Some(error);
+    while let Some(error) = next {
+        let text = error.to_string();
+        if codes.iter().any(|code| text.contains(code)) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
 }

@@ -5,8 +5,9 @@ mod common;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{Fault, Faulty, find, name, repo, session, shared, weights};
+use common::{find, name, repo, session, shared, weights};
 use towline_core::{ErrorKind, SnapshotKind, SnapshotStore};
+use towline_storage::testing::{Fault, FaultStore, Operation, Plan};
 use towline_storage::{Local, Memory, Publish, SaveTrainState, SnapshotRepo, Writer};
 
 fn base(text: &str) -> Publish {
@@ -17,9 +18,18 @@ async fn names(repo: &SnapshotRepo) -> Vec<String> {
     repo.list().await.unwrap().iter().map(|info| info.name.to_string()).collect()
 }
 
-async fn opened(faulty: &Arc<Faulty>) -> (SnapshotRepo, Writer) {
-    let store: Arc<dyn SnapshotStore> = Arc::<Faulty>::clone(faulty);
-    let repo = repo(store);
+/// A store whose head is hard to write, once [`next`] says so.
+fn faulty() -> FaultStore {
+    FaultStore::new(Arc::new(Memory::new()), Plan::default())
+}
+
+/// What happens to the next writes of the head, one after the other; afterwards nothing.
+fn next(faulty: &FaultStore, faults: &[Fault]) {
+    faulty.script(Operation::Put, "/head.json", faults.iter().copied());
+}
+
+async fn opened(faulty: &FaultStore) -> (SnapshotRepo, Writer) {
+    let repo = repo(Arc::new(faulty.clone()));
     let writer = repo.writer(session(1)).await.unwrap();
     (repo, writer)
 }
@@ -52,18 +62,18 @@ async fn a_second_writer_fences_the_first() {
 
 #[tokio::test]
 async fn a_writer_that_is_fenced_while_it_writes_commits_nothing() {
-    let faulty = Faulty::new(Arc::new(Memory::new()));
+    let faulty = faulty();
     let (repo, first) = opened(&faulty).await;
     // The head is refused, so that the commit begins again; in between another writer opens the job.
-    faulty.next(&[Fault::Refused(ErrorKind::Unavailable); 6]);
-    let inner = common::repo(Arc::clone(&faulty.inner));
+    next(&faulty, &[Fault::Refuse(ErrorKind::Unavailable); 6]);
+    let inner = common::repo(faulty.inner());
     let publish = first.publish(base("a"));
     let open = async {
         while faulty.left() == 6 {
             tokio::task::yield_now().await;
         }
         let second = inner.writer(session(2)).await.unwrap();
-        faulty.next(&[]);
+        next(&faulty, &[]);
         second
     };
     let (outcome, second) = tokio::join!(publish, open);
@@ -77,14 +87,14 @@ async fn a_writer_that_is_fenced_while_it_writes_commits_nothing() {
 async fn a_lost_answer_of_the_commit_is_a_success() {
     let kinds = [ErrorKind::Unavailable, ErrorKind::TimedOut, ErrorKind::Conflict, ErrorKind::AlreadyExists];
     for kind in kinds {
-        let faulty = Faulty::new(Arc::new(Memory::new()));
+        let faulty = faulty();
         // Already the opening's answer is lost.
-        faulty.next(&[Fault::Lost(kind)]);
+        next(&faulty, &[Fault::Lose(kind)]);
         let (repo, writer) = opened(&faulty).await;
         assert_eq!(writer.epoch(), 1);
-        faulty.next(&[Fault::Lost(kind)]);
+        next(&faulty, &[Fault::Lose(kind)]);
         writer.publish(base("a")).await.unwrap();
-        faulty.next(&[Fault::Refused(kind), Fault::Refused(kind), Fault::Lost(kind)]);
+        next(&faulty, &[Fault::Refuse(kind), Fault::Refuse(kind), Fault::Lose(kind)]);
         writer.publish(base("b")).await.unwrap();
         assert_eq!((names(&repo).await, faulty.left()), (vec!["a".into(), "b".into()], 0));
         assert_eq!(repo.restore(&find(&repo, "b").await).await.unwrap(), weights("b"));
@@ -93,11 +103,11 @@ async fn a_lost_answer_of_the_commit_is_a_success() {
 
 #[tokio::test]
 async fn a_commit_that_lands_late_counts_once() {
-    let faulty = Faulty::new(Arc::new(Memory::new()));
+    let faulty = faulty();
     let (repo, writer) = opened(&faulty).await;
     for after in [0, 1, 5, 20, 60] {
         let text = format!("late-{after}");
-        faulty.next(&[Fault::Late(Duration::from_millis(after))]);
+        next(&faulty, &[Fault::Late(Duration::from_millis(after))]);
         writer.publish(base(&text)).await.unwrap();
         tokio::time::sleep(Duration::from_millis(after + 5)).await;
         let names = names(&repo).await;
@@ -109,11 +119,11 @@ async fn a_commit_that_lands_late_counts_once() {
 
 #[tokio::test]
 async fn a_lost_answer_followed_by_another_writer_is_still_a_success() {
-    let faulty = Faulty::new(Arc::new(Memory::new()));
+    let faulty = faulty();
     let (repo, first) = opened(&faulty).await;
-    let inner = common::repo(Arc::clone(&faulty.inner));
+    let inner = common::repo(faulty.inner());
     // The commit lands and its answer is lost; before it is read back, another writer opens the job.
-    faulty.next(&[Fault::Late(Duration::ZERO)]);
+    next(&faulty, &[Fault::Late(Duration::ZERO)]);
     let open = async {
         while names(&inner).await.is_empty() {
             tokio::task::yield_now().await;
@@ -128,25 +138,24 @@ async fn a_lost_answer_followed_by_another_writer_is_still_a_success() {
 
 #[tokio::test]
 async fn errors_that_cannot_have_landed_are_final() {
-    let faulty = Faulty::new(Arc::new(Memory::new()));
+    let faulty = faulty();
     let (repo, writer) = opened(&faulty).await;
-    faulty.next(&[Fault::Refused(ErrorKind::Denied)]);
+    next(&faulty, &[Fault::Refuse(ErrorKind::Denied)]);
     assert_eq!(writer.publish(base("a")).await.unwrap_err().kind(), ErrorKind::Denied);
-    faulty.next(&[Fault::Refused(ErrorKind::Unavailable); 40]);
+    next(&faulty, &[Fault::Refuse(ErrorKind::Unavailable); 40]);
     let error = writer.publish(base("a")).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable, "a budget ends");
-    faulty.next(&[]);
+    next(&faulty, &[]);
     assert_eq!(names(&repo).await, [""; 0]);
     writer.publish(base("a")).await.unwrap();
 }
 
 #[tokio::test]
 async fn a_store_that_never_answers_ends_at_the_deadline() {
-    let faulty = Faulty::new(Arc::new(Memory::new()));
-    let store: Arc<dyn SnapshotStore> = Arc::<Faulty>::clone(&faulty);
-    let repo = repo(store).with_deadline(Duration::from_millis(100));
+    let faulty = faulty();
+    let repo = repo(Arc::new(faulty.clone())).with_deadline(Duration::from_millis(100));
     let writer = repo.writer(session(1)).await.unwrap();
-    faulty.next(&[Fault::Hangs; 40]);
+    next(&faulty, &[Fault::Hang; 40]);
     let started = std::time::Instant::now();
     let error = writer.publish(base("a")).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TimedOut);

@@ -19,7 +19,7 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct Engine {
-    /// The store that snapshots are read from: a directory or file:// URL.
+    /// The store that snapshots are read from: a directory, or an s3://, gs:// or az:// URL.
     #[arg(long)]
     store: String,
     /// The port; 0 for a free one, which is printed.
@@ -38,7 +38,7 @@ pub(crate) struct Engine {
 
 pub(crate) async fn run(command: Command, output: &Output) -> Result<()> {
     let Command::Engine(options) = command;
-    let store = towline_storage::open(&options.store)?;
+    let store = towline_storage::open(&options.store, &towline_storage::StoreOptions::from_env()?)?;
     let server_options = ServerOptions::default()
         .with_address(SocketAddr::new(options.host, options.port))
         .with_model(options.model)

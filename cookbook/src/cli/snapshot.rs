@@ -6,7 +6,7 @@ use std::sync::Arc;
 use clap::{Args, Subcommand};
 use serde_json::json;
 use towline_core::{Error, JobId, Result, SnapshotStore};
-use towline_storage::{SnapshotInfo, SnapshotRepo, Wanted};
+use towline_storage::{SnapshotInfo, SnapshotRepo, StoreOptions, Wanted};
 
 use super::output::{Output, table};
 
@@ -28,7 +28,7 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct Place {
-    /// The store: a directory or file:// URL.
+    /// The store: a directory, or an s3://, gs:// or az:// URL.
     #[arg(long)]
     store: String,
     /// The job; all jobs by default.
@@ -71,7 +71,7 @@ pub(crate) async fn run(command: Command, output: &Output) -> Result<()> {
 }
 
 async fn repos(place: &Place) -> Result<Vec<SnapshotRepo>> {
-    let store: Arc<dyn SnapshotStore> = towline_storage::open(&place.store)?;
+    let store: Arc<dyn SnapshotStore> = towline_storage::open(&place.store, &StoreOptions::from_env()?)?;
     let jobs = match &place.job {
         Some(job) => vec![JobId::new(job.as_str())?],
         None => towline_storage::jobs(store.as_ref()).await?,

@@ -4,16 +4,23 @@ use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use towline_core::{Error, ErrorKind, JobId, ObjectKey, PutMode, Result, SessionId, Version, WriteId};
+use towline_core::{
+    Error, ErrorKind, JobId, ObjectKey, PutMode, Result, SessionId, TensorDigest, Version, WriteId,
+};
 
 use super::info::{SnapshotInfo, Wanted};
 use super::ops::{Budget, Ops, may_have_landed};
 use crate::random::{now_ms, random};
 
-/// The version of the stored form that is written. Readers take this one and refuse newer ones.
-const HEAD_VERSION: u32 = 1;
+/// The version of the stored form that is written. Readers take this one and those before, and refuse newer ones.
+const HEAD_VERSION: u32 = 2;
 /// The largest head that is read, in bytes: about a hundred thousand snapshots.
 pub const MAX_HEAD: u64 = 64 << 20;
+
+/// What stands before a head's digest, before the head and behind it.
+const DIGEST: &str = "{\"digest\":\"";
+const HEAD: &str = "\",\"head\":";
+const END: &[u8] = b"}\n";
 
 /// The state of a job.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +37,47 @@ pub(super) struct Head {
     updated_ms: u64,
     /// Everything that exists, by number.
     pub(super) live: Vec<SnapshotInfo>,
+    /// What must not go away. Since version 2.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) pins: Vec<Pin>,
+    /// States whose ranks are writing, by number: their files are nobody else's. Since version 2.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) pending: Vec<Pending>,
+    /// What exists no longer, and whose files are still to be deleted, by number. Since version 2.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) tombstones: Vec<Tombstone>,
+}
+
+/// A promise to keep a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Pin {
+    /// Its name, by which it is taken away.
+    pub id: String,
+    /// The number of the snapshot.
+    pub seq: u64,
+    /// Why, for humans.
+    pub reason: String,
+}
+
+/// A snapshot that was given up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Tombstone {
+    pub(super) info: SnapshotInfo,
+    /// When it was given up: milliseconds since 1970 by the store's clock.
+    pub(super) since_ms: u64,
+}
+
+/// A state that was begun.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Pending {
+    pub(super) seq: u64,
+    pub(super) dir: ObjectKey,
+    /// When it was begun: milliseconds since 1970 by the store's clock.
+    pub(super) since_ms: u64,
 }
 
 /// Who may commit.
@@ -49,16 +97,21 @@ impl Head {
     pub(super) fn opened(old: Option<Self>, job: &JobId, session: &SessionId, opening: &WriteId) -> Self {
         let epoch = old.as_ref().map_or(0, |head| head.fence.epoch) + 1;
         let fence = Fence { epoch, session: session.clone(), opening: opening.clone() };
-        let (next_seq, live) = old.map_or((1, Vec::new()), |head| (head.next_seq, head.live));
-        Self {
+        let empty = || Self {
             version: HEAD_VERSION,
             job: job.clone(),
-            fence,
+            fence: fence.clone(),
             write_id: opening.clone(),
-            next_seq,
+            next_seq: 1,
             updated_ms: 0,
-            live,
-        }
+            live: Vec::new(),
+            pins: Vec::new(),
+            pending: Vec::new(),
+            tombstones: Vec::new(),
+        };
+        let old = old.unwrap_or_else(empty);
+        // What the writer before has begun, it can commit no more.
+        Self { fence, write_id: opening.clone(), pending: Vec::new(), ..old }
     }
 
     /// # Errors
@@ -75,10 +128,32 @@ impl Head {
         .with_help("stop this trainer, or open a new writer to take the job back"))
     }
 
+    /// The bytes to store: JSON, with the digest of the head before it.
+    fn to_bytes(&self) -> Result<Vec<u8>> {
+        let json = serde_json::to_vec(self).map_err(|error| {
+            Error::internal(format!("the head of job {} could not be written", self.job)).with_source(error)
+        })?;
+        let digest = TensorDigest::of(&json);
+        Ok([format!("{DIGEST}{digest}{HEAD}").as_bytes(), &json, END].concat())
+    }
+
     /// Parses stored bytes of `job` and checks what they say of themselves.
     fn parse(bytes: &[u8], job: &JobId) -> Result<Self> {
         let bad = |why: &str| {
             Error::corrupt(format!("head of job {job}: {why}")).with_help("restore head.json from a copy")
+        };
+        // A flipped bit that goes unnoticed here would be written back with the next commit. Version 1 had no digest.
+        let bytes = match bytes.strip_prefix(DIGEST.as_bytes()) {
+            None => bytes,
+            Some(rest) => {
+                let place = rest.windows(HEAD.len()).position(|window| window == HEAD.as_bytes());
+                let (digest, rest) = place.and_then(|at| rest.split_at_checked(at)).unwrap_or_default();
+                let json = rest.get(HEAD.len()..).and_then(|json| json.strip_suffix(END)).unwrap_or_default();
+                if TensorDigest::of(json).to_string().as_bytes() != digest {
+                    return Err(bad("it does not match its digest"));
+                }
+                json
+            }
         };
         #[derive(Deserialize)]
         struct Versioned {
@@ -86,9 +161,9 @@ impl Head {
         }
         let Versioned { version } = serde_json::from_slice(bytes)
             .map_err(|error| bad("no JSON with a version").with_source(error))?;
-        if version != HEAD_VERSION {
+        if !(1..=HEAD_VERSION).contains(&version) {
             return Err(Error::unsupported(format!(
-                "head of job {job}: version {version} is stored, version {HEAD_VERSION} is known"
+                "head of job {job}: version {version} is stored, versions up to {HEAD_VERSION} are known"
             ))
             .with_help("upgrade Towline"));
         }
@@ -105,19 +180,55 @@ impl Head {
         if self.fence.epoch == 0 {
             return Err("epoch 0 is no writer's".into());
         }
-        let mut last = 0;
         let mut dirs = BTreeSet::new();
-        for info in &self.live {
-            if info.seq <= last || info.seq >= self.next_seq {
-                return Err(format!("number {} behind {last}, below {}", info.seq, self.next_seq));
-            }
-            last = info.seq;
-            let folder = format!("{}/{:08}-{}-", Wanted::class(info.kind).folder(), info.seq, info.name);
-            if !info.dir.as_str().starts_with(&folder) || !dirs.insert(&info.dir) {
-                return Err(format!("{} lies in `{}`", info.id, info.dir));
+        let mut seqs = BTreeSet::new();
+        let dead = self.tombstones.iter().map(|tombstone| &tombstone.info).collect::<Vec<_>>();
+        for infos in [self.live.iter().collect(), dead] {
+            let mut last = 0;
+            for info in infos {
+                if info.seq <= last || info.seq >= self.next_seq || !seqs.insert(info.seq) {
+                    return Err(format!("number {} behind {last}, below {}", info.seq, self.next_seq));
+                }
+                last = info.seq;
+                let folder = format!("{}/{:08}-{}-", Wanted::class(info.kind).folder(), info.seq, info.name);
+                if !info.dir.as_str().starts_with(&folder) || !dirs.insert(&info.dir) {
+                    return Err(format!("{} lies in `{}`", info.id, info.dir));
+                }
             }
         }
-        Ok(())
+        if let Some(pending) = self.pending.iter().find(|pending| pending.seq >= self.next_seq) {
+            return Err(format!("number {} was begun, the next one is {}", pending.seq, self.next_seq));
+        }
+        match self.pins.iter().find(|pin| self.live(pin.seq).is_none()) {
+            Some(pin) => Err(format!("pin `{}` holds number {}, which does not exist", pin.id, pin.seq)),
+            None => Ok(()),
+        }
+    }
+
+    /// What exists with this number.
+    pub(super) fn live(&self, seq: u64) -> Option<&SnapshotInfo> {
+        self.live.binary_search_by_key(&seq, |info| info.seq).ok().and_then(|at| self.live.get(at))
+    }
+
+    /// Whether a snapshot, one that was given up, or a state that was begun has the folder `dir`.
+    pub(super) fn knows(&self, dir: &str) -> bool {
+        let dead = self.tombstones.iter().map(|tombstone| &tombstone.info);
+        let stored = self.live.iter().chain(dead).map(|info| &info.dir);
+        stored.chain(self.pending.iter().map(|pending| &pending.dir)).any(|known| known.as_str() == dir)
+    }
+
+    /// Adds what exists from now on, in its place by number.
+    pub(super) fn add(&mut self, info: SnapshotInfo) {
+        self.next_seq = self.next_seq.max(info.seq + 1);
+        self.pending.retain(|pending| pending.seq != info.seq);
+        let at = self.live.partition_point(|live| live.seq < info.seq);
+        self.live.insert(at, info);
+    }
+
+    /// As [`Head::live`].
+    pub(super) fn live_mut(&mut self, seq: u64) -> Option<&mut SnapshotInfo> {
+        let at = self.live.binary_search_by_key(&seq, |info| info.seq).ok()?;
+        self.live.get_mut(at)
     }
 }
 
@@ -154,8 +265,16 @@ impl HeadObject {
             ))
             .with_help("restore head.json from a copy"));
         }
-        let bytes = self.ops.get(&self.key, Some(0..MAX_HEAD + 1)).await?;
-        Ok(Some((Head::parse(&bytes, &self.job)?, info.version)))
+        let read = async || {
+            let bytes = self.ops.get(&self.key, Some(0..MAX_HEAD + 1)).await?;
+            Head::parse(&bytes, &self.job)
+        };
+        // Bytes that were damaged on their way come right the second time.
+        let head = match read().await {
+            Err(error) if error.kind() == ErrorKind::Corrupt => read().await?,
+            head => head?,
+        };
+        Ok(Some((head, info.version)))
     }
 
     /// Replaces the head by what `change` makes of it. `done` finds the effect in a head that was read back, for a
@@ -181,13 +300,10 @@ impl HeadObject {
                 None => (None, PutMode::Create),
             };
             let mut next = change(head)?;
+            next.version = HEAD_VERSION;
             next.write_id = WriteId::from_random(random().to_be_bytes());
             next.updated_ms = now_ms();
-            let body = serde_json::to_vec_pretty(&next).map_err(|error| {
-                Error::internal(format!("the head of job {} could not be written", self.job))
-                    .with_source(error)
-            })?;
-            match self.ops.put(&self.key, Bytes::from(body), mode).await {
+            match self.ops.put(&self.key, Bytes::from(next.to_bytes()?), mode).await {
                 Ok(_) => {
                     return done(&next)
                         .ok_or_else(|| Error::internal("a change of the head left no trace in it"));
@@ -212,15 +328,27 @@ mod tests {
     #[test]
     fn a_head_goes_round_and_says_what_is_wrong() {
         let job = JobId::new("job").unwrap();
-        let bytes = serde_json::to_vec(&example()).unwrap();
+        let bytes = example().to_bytes().unwrap();
         assert_eq!(Head::parse(&bytes, &job).unwrap(), example());
+        let as_json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+        assert_eq!(as_json["head"]["next_seq"], 1, "other tools can read it");
         for length in 0..bytes.len() {
             assert_eq!(Head::parse(&bytes[..length], &job).unwrap_err().kind(), ErrorKind::Corrupt);
         }
+        for at in 0..bytes.len() {
+            for bit in 0..8 {
+                let mut bytes = bytes.clone();
+                bytes[at] ^= 1 << bit;
+                assert!(Head::parse(&bytes, &job).is_err(), "bit {bit} of byte {at}");
+            }
+        }
         assert!(Head::parse(&bytes, &JobId::new("other").unwrap()).is_err());
-        let text = String::from_utf8(bytes).unwrap();
-        let newer = text.replace("\"version\":1", "\"version\":2");
+        // Without a digest, as version 1 was.
+        let text = serde_json::to_string(&example()).unwrap();
+        let newer = text.replace("\"version\":2", "\"version\":3");
         assert_eq!(Head::parse(newer.as_bytes(), &job).unwrap_err().kind(), ErrorKind::Unsupported);
+        let older = text.replace("\"version\":2", "\"version\":1");
+        assert_eq!(Head::parse(older.as_bytes(), &job).unwrap(), Head { version: 1, ..example() });
         let odd = text.replace("\"next_seq\":1", "\"next_seq\":1,\"more\":1");
         assert_eq!(Head::parse(odd.as_bytes(), &job).unwrap_err().kind(), ErrorKind::Corrupt);
     }

@@ -1,7 +1,11 @@
 //! What the head knows of a snapshot.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
-use towline_core::{CodecId, ManifestDigest, ObjectKey, SnapshotId, SnapshotKind, SnapshotName};
+use towline_core::{
+    CodecId, Error, ManifestDigest, ObjectKey, Result, SnapshotId, SnapshotKind, SnapshotName,
+};
 
 /// A stored snapshot or train state, as the job's head lists it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,7 +28,7 @@ pub struct SnapshotInfo {
     pub manifest: ManifestDigest,
     /// Milliseconds since 1970 when it was written, by the writer's clock.
     pub created_ms: u64,
-    /// Milliseconds since 1970 when it expires; `None` for never.
+    /// Milliseconds since 1970 when it expires, by the store's clock; `None` for never.
     pub expires_ms: Option<u64>,
     /// Optimizer steps done.
     pub step: Option<u64>,
@@ -34,6 +38,59 @@ pub struct SnapshotInfo {
     pub full_bytes: u64,
     /// How its tensors are encoded; `None` for plain safetensors.
     pub codec: Option<CodecId>,
+    /// What it was measured by, for [`Retention::best`](crate::Retention).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metrics: BTreeMap<String, Metric>,
+}
+
+impl SnapshotInfo {
+    /// Whether its time was over at `now_ms`, milliseconds since 1970. It may still be there: because it is needed,
+    /// or because nothing has swept yet.
+    #[must_use]
+    pub fn is_expired(&self, now_ms: u64) -> bool {
+        self.expires_ms.is_some_and(|expires| expires <= now_ms)
+    }
+}
+
+/// A measurement: a finite number.
+#[derive(Debug, Clone, Copy, PartialEq, PartialOrd, Serialize, Deserialize)]
+#[serde(try_from = "f64", into = "f64")]
+pub struct Metric(f64);
+
+// It is never a NaN.
+impl Eq for Metric {}
+
+impl Metric {
+    /// A measurement.
+    ///
+    /// # Errors
+    /// `Invalid` for an infinity and for what is no number.
+    pub fn new(value: f64) -> Result<Self> {
+        if value.is_finite() {
+            return Ok(Self(value));
+        }
+        Err(Error::invalid(format!("a metric is {value}: wanted a finite number"))
+            .with_help("leave it out, or find out why training gave it"))
+    }
+
+    /// The number.
+    #[must_use]
+    pub fn value(self) -> f64 {
+        self.0
+    }
+}
+
+impl TryFrom<f64> for Metric {
+    type Error = Error;
+    fn try_from(value: f64) -> Result<Self> {
+        Self::new(value)
+    }
+}
+
+impl From<Metric> for f64 {
+    fn from(metric: Metric) -> Self {
+        metric.0
+    }
 }
 
 /// Which of a job's snapshots are looked for.

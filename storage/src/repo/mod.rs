@@ -1,17 +1,24 @@
 //! The snapshots and train states of one job.
 
+mod boxes;
 mod chain;
+mod collect;
 mod export;
 mod files;
 mod head;
 mod info;
+mod keep;
 mod ops;
 mod publish;
+mod ranks;
+mod reshard;
 mod restore;
+mod retain;
 mod verify;
 mod writer;
 
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,18 +30,26 @@ use towline_core::{
     SnapshotRef, SnapshotStore, TensorDigest,
 };
 
+use crate::random::now_ms;
 use head::{Head, HeadObject};
 use ops::Ops;
 
-pub use head::MAX_HEAD;
-pub use info::{SnapshotInfo, Wanted};
+pub use collect::{Orphan, Prune, Pruned};
+pub use head::{MAX_HEAD, Pin};
+pub use info::{Metric, SnapshotInfo, Wanted};
+pub use keep::Lease;
 pub use publish::{Publish, SaveTrainState};
+pub use ranks::{RankPart, RankReceipt, StateTicket};
+pub use reshard::StateReader;
 pub use restore::TrainState;
+pub use retain::{Best, Kept, Retention};
 pub use verify::Verified;
-pub use writer::Writer;
+pub use writer::{RankedSave, Writer};
 
 /// Plain bytes in one file unless the caller says otherwise.
 const SHARD_BYTES: u64 = 512 << 20;
+/// One hour to ten years, as the public training APIs allow.
+const TTL: RangeInclusive<Duration> = Duration::from_secs(3600)..=Duration::from_secs(315_360_000);
 
 /// One job's snapshots and train states on a store. Cloning is cheap.
 ///
@@ -46,12 +61,20 @@ pub struct SnapshotRepo {
     codecs: Vec<Arc<dyn Codec>>,
     limits: Limits,
     shard_bytes: u64,
+    ttl: RangeInclusive<Duration>,
 }
 
 impl SnapshotRepo {
     /// The repo of `job` on `store`. Snapshots in the formats of `codecs` can be restored; plain ones always.
     pub fn new(store: Arc<dyn SnapshotStore>, job: JobId, codecs: Vec<Arc<dyn Codec>>) -> Self {
-        Self { ops: Ops::new(store), job, codecs, limits: Limits::default(), shard_bytes: SHARD_BYTES }
+        Self {
+            ops: Ops::new(store),
+            job,
+            codecs,
+            limits: Limits::default(),
+            shard_bytes: SHARD_BYTES,
+            ttl: TTL,
+        }
     }
 
     /// Sets the threads and the window of tensors in work. Default: one thread, 64 MiB.
@@ -75,6 +98,13 @@ impl SnapshotRepo {
         self
     }
 
+    /// Sets how short and how long a time to live may be. Default: 3600 to 315,360,000 s.
+    #[must_use]
+    pub fn with_ttl_range(mut self, range: RangeInclusive<Duration>) -> Self {
+        self.ttl = range;
+        self
+    }
+
     /// The snapshots of another job on the same store.
     #[must_use]
     pub fn of_job(&self, job: JobId) -> Self {
@@ -95,7 +125,18 @@ impl SnapshotRepo {
         Ok(self.head_object()?.read().await?.map(|head| head.live).unwrap_or_default())
     }
 
-    /// The newest snapshot with this name or identity.
+    /// The newest snapshot of this kind whose time is not over by this machine's clock: what to resume from, or to
+    /// serve, if none is named. `None` if there is none.
+    ///
+    /// # Errors
+    /// As [`SnapshotRepo::list`].
+    pub async fn newest(&self, wanted: Wanted) -> Result<Option<SnapshotInfo>> {
+        let now = now_ms();
+        let fresh = |info: &SnapshotInfo| wanted.takes(info.kind) && !info.is_expired(now);
+        Ok(self.list().await?.into_iter().rfind(fresh))
+    }
+
+    /// The newest snapshot with this name or identity, also one whose time is over and that is still there.
     ///
     /// # Errors
     /// `NotFound`, naming what exists; as [`SnapshotRepo::list`].

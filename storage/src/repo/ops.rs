@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt as _;
 use towline_core::{
     Error, ErrorKind, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result, SnapshotStore, Version,
 };
@@ -94,6 +95,38 @@ impl Ops {
                 Err(missing) if missing.kind() == ErrorKind::NotFound => budget.pause(error).await?,
                 Err(error) => return Err(error),
             }
+        }
+    }
+
+    /// Removes an object; a missing one is `Ok`, so that it may be tried again.
+    pub(super) async fn delete(&self, key: &ObjectKey) -> Result<()> {
+        let mut budget = Budget::new(self.deadline);
+        loop {
+            match self.within(key, self.store.delete(key)).await {
+                Err(error) if error.is_retryable() => budget.pause(error).await?,
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// Everything under `prefix`. A listing that broke off begins anew.
+    pub(super) async fn list(&self, prefix: &ObjectKey) -> Result<Vec<ObjectInfo>> {
+        let mut budget = Budget::new(self.deadline);
+        loop {
+            let mut objects = self.store.list(Some(prefix));
+            let mut found = Vec::new();
+            let failed = loop {
+                let next = async { objects.next().await.transpose() };
+                match self.within(prefix, next).await {
+                    Ok(Some(object)) => found.push(object),
+                    Ok(None) => return Ok(found),
+                    Err(error) => break error,
+                }
+            };
+            if !failed.is_retryable() {
+                return Err(failed);
+            }
+            budget.pause(failed).await?;
         }
     }
 

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use towline_core::{Codec, SnapshotKind, SnapshotName, TensorSource};
+use towline_core::{Codec, SnapshotKind, SnapshotName, TensorSource, Weights};
 
-use super::info::SnapshotInfo;
+use super::info::{Metric, SnapshotInfo};
 
 /// A request to publish weights for samplers.
 pub struct Publish {
@@ -21,6 +21,7 @@ pub struct Publish {
     pub(super) step: Option<u64>,
     pub(super) ttl: Option<Duration>,
     pub(super) metadata: BTreeMap<String, String>,
+    pub(super) metrics: BTreeMap<String, Metric>,
 }
 
 impl Publish {
@@ -36,6 +37,7 @@ impl Publish {
             step: None,
             ttl: None,
             metadata: BTreeMap::new(),
+            metrics: BTreeMap::new(),
         }
     }
 
@@ -74,6 +76,13 @@ impl Publish {
         self
     }
 
+    /// Sets a measurement, by which the best can be kept.
+    #[must_use]
+    pub fn with_metric(mut self, name: impl Into<String>, value: Metric) -> Self {
+        self.metrics.insert(name.into(), value);
+        self
+    }
+
     /// Sets the caller's notes.
     #[must_use]
     pub fn with_metadata(mut self, metadata: BTreeMap<String, String>) -> Self {
@@ -100,12 +109,26 @@ pub struct SaveTrainState {
     pub(super) step: Option<u64>,
     pub(super) ttl: Option<Duration>,
     pub(super) sections: serde_json::Map<String, serde_json::Value>,
+    pub(super) metrics: BTreeMap<String, Metric>,
 }
 
 impl SaveTrainState {
     /// Saves `tensors` (weights, moments, whatever training resumes from) as `name`, for ever, without sections.
     pub fn new(name: SnapshotName, tensors: Arc<dyn TensorSource>) -> Self {
-        Self { name, tensors, step: None, ttl: None, sections: serde_json::Map::new() }
+        Self {
+            name,
+            tensors,
+            step: None,
+            ttl: None,
+            sections: serde_json::Map::new(),
+            metrics: BTreeMap::new(),
+        }
+    }
+
+    /// Saves what ranks write as `name`: for [`Writer::begin_state`](crate::Writer::begin_state).
+    #[must_use]
+    pub fn ranked(name: SnapshotName) -> Self {
+        Self::new(name, Arc::new(Weights::default()))
     }
 
     /// Sets the optimizer steps done.
@@ -119,6 +142,13 @@ impl SaveTrainState {
     #[must_use]
     pub fn with_ttl(mut self, ttl: Option<Duration>) -> Self {
         self.ttl = ttl;
+        self
+    }
+
+    /// Sets a measurement, by which the best can be kept.
+    #[must_use]
+    pub fn with_metric(mut self, name: impl Into<String>, value: Metric) -> Self {
+        self.metrics.insert(name.into(), value);
         self
     }
 

@@ -112,6 +112,11 @@ impl SnapshotRepo {
             return Err(Error::invalid(format!("{} is a {}: wanted a train state", info.id, info.kind))
                 .with_help("name a train state: training cannot resume from weights for samplers"));
         }
+        let state = self.manifest(info).await?;
+        if state.ranks > 0 {
+            let tensors = self.open_state(info).await?.read_all().await?;
+            return Ok(TrainState { manifest: state, tensors });
+        }
         let (manifest, tensors) = self.restore_link(info).await?;
         Ok(TrainState { manifest, tensors })
     }

@@ -1,6 +1,8 @@
 //! The one writer of a job: data first, then the manifest, then the head.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,17 +10,18 @@ use bytes::Bytes;
 use tokio::sync::Mutex;
 use towline_core::{
     BaseRef, Codec, Error, FileEntry, Manifest, ManifestHead, Mode, ObjectKey, ParentRef, Result, SessionId,
-    SnapshotIdentity, SnapshotKind, SnapshotName, SnapshotRef, TensorDigest, TensorSource, WriteId,
-    same_tensors,
+    SnapshotIdentity, SnapshotKind, SnapshotName, SnapshotRef, TensorDigest, TensorEntry, TensorSource,
+    WriteId, same_tensors,
 };
 
 use super::SnapshotRepo;
 use super::chain::MAX_DEPTH;
 use super::files::{INDEX, Work, Written, cut, cut_like, index_json, model_names, write_files};
-use super::head::{Fence, Head, HeadObject};
-use super::info::{SnapshotInfo, Wanted};
+use super::head::{Fence, Head, HeadObject, Pending};
+use super::info::{Metric, SnapshotInfo, Wanted};
 use super::publish::{Publish, SaveTrainState};
-use crate::random::{now_ms, random};
+use super::ranks::{RankReceipt, StateTicket, assemble, index_path, single_index};
+use crate::random::{now_ms, random, whole_ms};
 use crate::shard::check_mode;
 
 /// The writer of a job until another one opens it. Its calls follow one another.
@@ -80,7 +83,7 @@ impl Writer {
     /// * `Unavailable` or `TimedOut` if the store fails; if that happens to the very last step, it may have taken
     ///   effect: look for it before publishing again.
     pub async fn publish(&self, publish: Publish) -> Result<SnapshotRef> {
-        let Publish { name, kind, weights, parent, codec, files, step, ttl, metadata } = publish;
+        let Publish { name, kind, weights, parent, codec, files, step, ttl, metadata, metrics } = publish;
         let delta = kind == SnapshotKind::Delta;
         if kind == SnapshotKind::State {
             return Err(Error::invalid(format!("`{name}`: a train state is not published"))
@@ -109,6 +112,7 @@ impl Writer {
             ttl,
             metadata,
             sections: serde_json::Map::new(),
+            metrics,
         };
         let (info, manifest) = Box::pin(self.save(save)).await?;
         Ok(self.repo.reference(&info, &manifest))
@@ -119,23 +123,48 @@ impl Writer {
     /// # Errors
     /// `AlreadyExists` at once if a train state has this name; else as [`Writer::publish`].
     pub async fn save_state(&self, state: SaveTrainState) -> Result<SnapshotInfo> {
-        let SaveTrainState { name, tensors, step, ttl, sections } = state;
-        let save = Save {
-            name,
-            kind: SnapshotKind::State,
-            weights: tensors,
-            parent: None,
-            codec: None,
-            files: Vec::new(),
-            step,
-            ttl,
-            metadata: BTreeMap::new(),
-            sections,
+        Ok(Box::pin(self.save(Save::of_state(state))).await?.0)
+    }
+
+    /// Begins a train state that `ranks` processes write, each its own part by [`SnapshotRepo::write_rank`] with the
+    /// ticket. Other saves may go on meanwhile.
+    ///
+    /// # Errors
+    /// `Invalid` if `state` holds tensors: each rank gives its own; `AlreadyExists` and `Fenced` as
+    /// [`Writer::save_state`].
+    pub async fn begin_state(&self, state: SaveTrainState, ranks: NonZeroU32) -> Result<RankedSave<'_>> {
+        if !state.tensors.tensors().is_empty() {
+            return Err(Error::invalid(format!(
+                "`{}` holds tensors, and {ranks} ranks are to write",
+                state.name
+            ))
+            .with_help("begin it with `SaveTrainState::ranked`"));
+        }
+        self.repo.check_ttl(state.ttl)?;
+        let save = Save::of_state(state);
+        let since_ms = self.repo.store_now().await?;
+        let mut lowest = self.turn.lock().await;
+        let write_id = WriteId::from_random(random().to_be_bytes());
+        let change = |head: Option<Head>| {
+            let mut head = self.repo.existing(head)?;
+            self.check(&head, &save)?;
+            let seq = head.next_seq.max(*lowest);
+            let dir = ObjectKey::new(format!("states/{seq:08}-{}-{write_id}", save.name))?;
+            head.next_seq = seq + 1;
+            head.pending.push(Pending { seq, dir, since_ms });
+            Ok(head)
         };
-        Ok(Box::pin(self.save(save)).await?.0)
+        let suffix = format!("-{write_id}");
+        let begun = |pending: &&Pending| pending.dir.as_str().ends_with(&suffix);
+        let Pending { seq, dir, .. } =
+            self.head.replace(change, |head| head.pending.iter().find(begun).cloned()).await?;
+        *lowest = seq + 1;
+        let ticket = StateTicket::new(self.repo.job.clone(), save.name.clone(), dir, seq, ranks);
+        Ok(RankedSave { writer: self, ticket, write_id, save })
     }
 
     async fn save(&self, save: Save) -> Result<(SnapshotInfo, Manifest)> {
+        self.repo.check_ttl(save.ttl)?;
         let mut lowest = self.turn.lock().await;
         let head = self.head.read().await?.ok_or_else(|| {
             Error::corrupt(format!("the head of job {} is gone", self.repo.job))
@@ -157,7 +186,7 @@ impl Writer {
             limits: self.repo.limits,
             shards,
         };
-        let Written { mut files, tensors, raw_bytes, changed, parent } =
+        let Written { mut files, tensors, places, raw_bytes, changed, parent } =
             write_files(&self.repo.ops, &folder, work).await?;
         if let Some((named, _)) = &save.parent
             && parent != Some(named.id.digest)
@@ -175,11 +204,28 @@ impl Writer {
             let places = tensors.iter().map(|tensor| (tensor.name.as_str(), path(tensor.file)));
             extra.push((INDEX.to_owned(), index_json(raw_bytes, places)?));
         }
+        let mut ranks = 0;
+        if class == Wanted::State {
+            let (body, _) = single_index(tensors.iter().zip(&places), &files)?;
+            extra.push((index_path(0), body));
+            ranks = 1;
+        }
+        let lineage = lineage.map(|(parent, base, _)| (parent, base));
         for (path, body) in extra {
             self.repo.ops.create(&folder.join(&path)?, &body).await?;
             files.push(FileEntry::new(path, body.len() as u64, TensorDigest::of(&body), false));
         }
 
+        let content = Content { files, tensors, raw_bytes, changed: Some(changed), ranks, lineage };
+        *lowest = seq + 1;
+        self.seal(&save, Place { seq, dir, write_id, reserved: false }, content).await
+    }
+
+    /// Writes the manifest of files that are all there, and commits.
+    async fn seal(&self, save: &Save, place: Place, content: Content) -> Result<(SnapshotInfo, Manifest)> {
+        let Place { seq, dir, write_id, reserved } = place;
+        let Content { files, tensors, raw_bytes, changed, ranks, lineage } = content;
+        let folder = ObjectKey::new(format!("{}/{dir}", self.repo.job))?;
         let created_ms = now_ms();
         let start = ManifestHead {
             kind: save.kind,
@@ -195,14 +241,24 @@ impl Writer {
         manifest.step = save.step;
         manifest.expires_ms = save.ttl.map(|ttl| created_ms.saturating_add(whole_ms(ttl)));
         manifest.codec = save.codec.as_ref().map(|codec| codec.id());
-        manifest.changed = Some(changed);
+        manifest.changed = changed;
+        manifest.ranks = ranks;
         manifest.metadata = save.metadata.clone();
         manifest.sections = save.sections.clone();
-        if let Some((parent, base, _)) = lineage {
+        if let Some((parent, base)) = lineage {
             (manifest.parent, manifest.base) = (Some(parent), Some(base));
         }
         let (bytes, digest) = manifest.to_bytes()?;
-        self.repo.ops.create(&folder.join("manifest.json")?, &Bytes::from(bytes)).await?;
+        let manifest_key = folder.join("manifest.json")?;
+        self.repo.ops.create(&manifest_key, &Bytes::from(bytes)).await?;
+        // Others compare the expiry with the store's clock, so that it is counted by it.
+        let expires_ms = match save.ttl {
+            None => None,
+            Some(ttl) => {
+                let written = self.repo.ops.head(&manifest_key).await?.modified_ms;
+                Some(written.saturating_add(whole_ms(ttl)))
+            }
+        };
 
         let info = SnapshotInfo {
             seq,
@@ -213,37 +269,48 @@ impl Writer {
             dir,
             manifest: digest,
             created_ms,
-            expires_ms: manifest.expires_ms,
+            expires_ms,
             step: save.step,
             stored_bytes: manifest.files.iter().map(|file| file.bytes).sum(),
             full_bytes: raw_bytes,
             codec: manifest.codec.clone(),
+            metrics: save.metrics.clone(),
         };
-        *lowest = seq + 1;
-        self.commit(&save, &info).await?;
+        self.commit(save, &info, reserved).await?;
         Ok((info, manifest))
     }
 
     /// The compare-and-swap of the head that makes `info` exist.
-    async fn commit(&self, save: &Save, info: &SnapshotInfo) -> Result<()> {
+    /// A number that was reserved must still be.
+    async fn commit(&self, save: &Save, info: &SnapshotInfo, reserved: bool) -> Result<()> {
         let add = |head: Option<Head>| {
             let mut head = head.ok_or_else(|| {
                 Error::corrupt(format!("the head of job {} is gone", self.repo.job))
                     .with_help("restore head.json from a copy")
             })?;
             self.check(&head, save)?;
-            if head.next_seq > info.seq {
+            let begun = |pending: &Pending| pending.seq == info.seq && pending.dir == info.dir;
+            if reserved && !head.pending.iter().any(begun) {
+                return Err(Error::conflict(format!(
+                    "`{}` was begun so long ago that its files may be deleted",
+                    info.name
+                ))
+                .with_help("save it again"));
+            }
+            if !reserved && head.next_seq > info.seq {
                 return Err(Error::conflict(format!(
                     "number {} was given away: the next one is {}",
                     info.seq, head.next_seq
                 ))
                 .with_help("publish again"));
             }
-            head.next_seq = info.seq + 1;
-            head.live.push(info.clone());
+            head.add(info.clone());
             Ok(head)
         };
-        self.head.replace(add, |head| head.live.iter().rev().find(|live| **live == *info).map(|_| ())).await
+        // By its folder, which no other attempt has: others may have changed its expiry since, or given it up.
+        let dead = |head: &Head| head.tombstones.iter().any(|tombstone| tombstone.info.dir == info.dir);
+        let landed = |head: &Head| head.live(info.seq).is_some_and(|live| live.dir == info.dir) || dead(head);
+        self.head.replace(add, |head| landed(head).then_some(())).await
     }
 
     /// Whether `save` may be committed to `head`.
@@ -319,6 +386,66 @@ impl Writer {
     }
 }
 
+/// A train state whose ranks are writing.
+///
+/// If it is dropped nothing becomes visible, and the files go when the job is pruned.
+#[derive(Debug)]
+pub struct RankedSave<'a> {
+    writer: &'a Writer,
+    ticket: StateTicket,
+    write_id: WriteId,
+    save: Save,
+}
+
+impl RankedSave<'_> {
+    /// What each rank needs.
+    #[must_use]
+    pub fn ticket(&self) -> &StateTicket {
+        &self.ticket
+    }
+
+    /// Commits the parts that the receipts name, or without receipts those of all ranks, waiting for them at most
+    /// `deadline` in all. When this returns the state is durable and visible.
+    ///
+    /// # Errors
+    /// * `TimedOut`, naming the rank that has not written;
+    /// * `Invalid` for a tensor with a hole or an overlap, or one that ranks do not agree on, and for missing receipts;
+    /// * `Conflict` if it was begun so long ago that its files may be deleted;
+    /// * else as [`Writer::save_state`]. Nothing is visible then.
+    pub async fn commit(self, receipts: &[RankReceipt], deadline: Duration) -> Result<SnapshotInfo> {
+        let Self { writer, ticket, write_id, save } = self;
+        let indexes = writer.repo.collect_ranks(&ticket, receipts, deadline).await?;
+        let (files, tensors) = assemble(&indexes)?;
+        let mut raw_bytes = 0;
+        for entry in &tensors {
+            raw_bytes += entry.meta()?.byte_len() as u64;
+        }
+        let ranks = ticket.ranks.get();
+        let content = Content { files, tensors, raw_bytes, changed: None, ranks, lineage: None };
+        let place = Place { seq: ticket.seq, dir: ticket.dir, write_id, reserved: true };
+        Ok(Box::pin(writer.seal(&save, place, content)).await?.0)
+    }
+}
+
+/// Where a snapshot comes to lie.
+struct Place {
+    seq: u64,
+    dir: ObjectKey,
+    write_id: WriteId,
+    /// Whether the number was taken from the head before.
+    reserved: bool,
+}
+
+/// What was written of a snapshot, all but its manifest.
+struct Content {
+    files: Vec<FileEntry>,
+    tensors: Vec<TensorEntry>,
+    raw_bytes: u64,
+    changed: Option<(u64, u64)>,
+    ranks: u32,
+    lineage: Option<(ParentRef, BaseRef)>,
+}
+
 /// What both kinds of saves come down to.
 struct Save {
     name: SnapshotName,
@@ -331,10 +458,32 @@ struct Save {
     ttl: Option<Duration>,
     metadata: BTreeMap<String, String>,
     sections: serde_json::Map<String, serde_json::Value>,
+    metrics: BTreeMap<String, Metric>,
 }
 
-fn whole_ms(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+impl Save {
+    fn of_state(state: SaveTrainState) -> Self {
+        let SaveTrainState { name, tensors, step, ttl, sections, metrics } = state;
+        Self {
+            name,
+            kind: SnapshotKind::State,
+            weights: tensors,
+            parent: None,
+            codec: None,
+            files: Vec::new(),
+            step,
+            ttl,
+            metadata: BTreeMap::new(),
+            sections,
+            metrics,
+        }
+    }
+}
+
+impl fmt::Debug for Save {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Save").field("name", &self.name).field("kind", &self.kind).finish_non_exhaustive()
+    }
 }
 
 /// Passed-through files lie beside ours and must not take their names.

@@ -1,18 +1,15 @@
-//! Weights, a codec and stores for the tests.
+//! Weights and a codec for the tests.
 #![allow(unreachable_pub, reason = "a module of a test has no crate to be seen from")]
 #![allow(dead_code, reason = "each test takes what it needs")]
 
-use std::collections::VecDeque;
-use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use towline_core::testing::XorCodec;
 use towline_core::{
-    BoxStream, Codec, CodecId, DType, Error, ErrorKind, Framing, JobId, Mode, Modes, ObjectInfo, ObjectKey,
-    ObjectWriter, PutMode, Result, SessionId, SnapshotName, SnapshotStore, TensorMeta, Unit, UnitMeta,
-    Version, Weights, async_trait,
+    Codec, CodecId, DType, Error, Framing, JobId, Mode, Modes, ObjectKey, Result, SessionId, SnapshotName,
+    SnapshotStore, TensorMeta, Unit, UnitMeta, Weights,
 };
 use towline_storage::{SnapshotInfo, SnapshotRepo, Wanted};
 
@@ -125,85 +122,5 @@ impl Codec for MaskCodec {
             more.iter()
                 .fold(before.unwrap_or(1), |sum, byte| sum.wrapping_mul(31).wrapping_add(u32::from(*byte))),
         )
-    }
-}
-
-/// What happens to the next writes of `head.json`, one after the other; afterwards nothing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
-    /// It takes effect and answers with this error.
-    Lost(ErrorKind),
-    /// It has no effect and answers with this error.
-    Refused(ErrorKind),
-    /// It answers `TimedOut` and takes effect a while later.
-    Late(Duration),
-    /// It never answers.
-    Hangs,
-}
-
-/// A store whose head is hard to write.
-#[derive(Debug)]
-pub struct Faulty {
-    pub inner: Arc<dyn SnapshotStore>,
-    pub faults: Mutex<VecDeque<Fault>>,
-}
-
-impl Faulty {
-    pub fn new(inner: Arc<dyn SnapshotStore>) -> Arc<Self> {
-        Arc::new(Self { inner, faults: Mutex::default() })
-    }
-
-    pub fn next(&self, faults: &[Fault]) {
-        *self.faults.lock().unwrap() = faults.iter().copied().collect();
-    }
-
-    pub fn left(&self) -> usize {
-        self.faults.lock().unwrap().len()
-    }
-}
-
-#[async_trait]
-impl SnapshotStore for Faulty {
-    async fn put(&self, key: &ObjectKey, body: Bytes, mode: PutMode) -> Result<Version> {
-        let fault = match key.as_str().ends_with("/head.json") {
-            true => self.faults.lock().unwrap().pop_front(),
-            false => None,
-        };
-        let error = |kind| Error::new(kind, "an injected fault");
-        match fault {
-            None => self.inner.put(key, body, mode).await,
-            Some(Fault::Refused(kind)) => Err(error(kind)),
-            Some(Fault::Lost(kind)) => {
-                self.inner.put(key, body, mode).await?;
-                Err(error(kind))
-            }
-            Some(Fault::Late(after)) => {
-                let (inner, key) = (Arc::clone(&self.inner), key.clone());
-                tokio::spawn(async move {
-                    tokio::time::sleep(after).await;
-                    inner.put(&key, body, mode).await
-                });
-                Err(error(ErrorKind::TimedOut))
-            }
-            Some(Fault::Hangs) => std::future::pending().await,
-        }
-    }
-    async fn writer(&self, key: &ObjectKey) -> Result<Box<dyn ObjectWriter>> {
-        self.inner.writer(key).await
-    }
-    async fn get(&self, key: &ObjectKey, range: Option<Range<u64>>) -> Result<Bytes> {
-        self.inner.get(key, range).await
-    }
-    async fn read_into(&self, key: &ObjectKey, start: u64, buffer: BytesMut) -> Result<BytesMut> {
-        self.inner.read_into(key, start, buffer).await
-    }
-    async fn head(&self, key: &ObjectKey) -> Result<ObjectInfo> {
-        self.inner.head(key).await
-    }
-    async fn delete(&self, key: &ObjectKey) -> Result<()> {
-        self.inner.delete(key).await
-    }
-    fn list(&self, prefix: Option<&ObjectKey>) -> BoxStream<'static, Result<ObjectInfo>> {
-        self.inner.list(prefix)
     }
 }

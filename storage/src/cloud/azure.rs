@@ -1,0 +1,28 @@
+//! Azure Blob Storage.
+
+use std::sync::Arc;
+
+use object_store::ObjectStore;
+use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
+use towline_core::Result;
+
+use super::settings::{Settings, retries, unbuilt};
+use crate::StoreOptions;
+
+/// The settings that hold the server's URL.
+const ENDPOINTS: [&str; 2] = ["endpoint", "storage_endpoint"];
+
+pub(super) fn open(container: &str, options: &StoreOptions) -> Result<Arc<dyn ObjectStore>> {
+    let settings = Settings::<AzureConfigKey>::of("az", "azure_", options, &ENDPOINTS)?;
+    let mut builder = MicrosoftAzureBuilder::new();
+    for (key, value) in settings.builder {
+        builder = builder.with_config(key, value);
+    }
+    let store = builder
+        .with_container_name(container)
+        .with_allow_http(true)
+        .with_retry(retries())
+        .with_http_connector(settings.connector)
+        .build();
+    Ok(Arc::new(store.map_err(unbuilt)?))
+}

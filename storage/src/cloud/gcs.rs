@@ -1,0 +1,27 @@
+//! Google Cloud Storage.
+
+use std::sync::Arc;
+
+use object_store::ObjectStore;
+use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
+use towline_core::Result;
+
+use super::settings::{Settings, retries, unbuilt};
+use crate::StoreOptions;
+
+/// The setting that holds the server's URL.
+const ENDPOINTS: [&str; 1] = ["base_url"];
+
+pub(super) fn open(bucket: &str, options: &StoreOptions) -> Result<Arc<dyn ObjectStore>> {
+    let settings = Settings::<GoogleConfigKey>::of("gs", "google_", options, &ENDPOINTS)?;
+    let mut builder = GoogleCloudStorageBuilder::new();
+    for (key, value) in settings.builder {
+        builder = builder.with_config(key, value);
+    }
+    let store = builder
+        .with_bucket_name(bucket)
+        .with_retry(retries())
+        .with_http_connector(settings.connector)
+        .build();
+    Ok(Arc::new(store.map_err(unbuilt)?))
+}

@@ -1,0 +1,332 @@
+//! Boxes of a train state's tensors, read by whoever needs them, however many ranks have written it.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroU32;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use towline_core::{
+    DIGEST_BLOCK, Error, Manifest, ObjectKey, Result, TensorDigest, TensorMeta, Weights, block_digest,
+};
+
+use super::boxes::Region;
+use super::info::SnapshotInfo;
+use super::ranks::{RankIndex, StoredBox, index_path};
+use super::{SnapshotRepo, lost};
+use crate::io::blocking;
+
+/// The longest read, in blocks.
+const READ_BLOCKS: usize = 16;
+/// Reads on their way at once. Memory beside the caller's: these, where a box is not in one piece.
+const READS_AT_ONCE: usize = 4;
+/// Tensors in work at once when all are read.
+const TENSORS_AT_ONCE: usize = 8;
+
+/// A train state, opened to read boxes of its tensors. Every byte that leaves it was checked.
+#[derive(Debug)]
+pub struct StateReader {
+    repo: SnapshotRepo,
+    info: SnapshotInfo,
+    manifest: Manifest,
+    tensors: BTreeMap<String, Parts>,
+}
+
+/// The boxes that a tensor was saved in.
+#[derive(Debug)]
+struct Parts {
+    meta: TensorMeta,
+    parts: Vec<Part>,
+}
+
+#[derive(Debug)]
+struct Part {
+    region: Region,
+    key: ObjectKey,
+    stored: StoredBox,
+    length: usize,
+    blocks: Option<Arc<[u128]>>,
+}
+
+impl SnapshotRepo {
+    /// Opens a train state to read boxes of its tensors: the manifest, and the index of each rank.
+    ///
+    /// # Errors
+    /// `Invalid` if `info` is a snapshot for samplers; `NotFound` if something of it is gone; `Corrupt` for damage.
+    pub async fn open_state(&self, info: &SnapshotInfo) -> Result<StateReader> {
+        let manifest = self.manifest(info).await?;
+        let ranks = NonZeroU32::new(manifest.ranks).ok_or_else(|| {
+            Error::invalid(format!("{} is a {}: wanted a train state with ranks", info.id, info.kind))
+                .with_help("name a train state")
+        })?;
+        let mut tensors: BTreeMap<String, Parts> = BTreeMap::new();
+        for rank in 0..ranks.get() {
+            let path = index_path(rank);
+            let entry = manifest.files.iter().find(|file| file.path == path).ok_or_else(|| {
+                Error::corrupt(format!("{}: the index of rank {rank} is not among its files", info.id))
+            })?;
+            let key = self.key(info, &path)?;
+            let read = RankIndex::read(&self.ops, &key, rank, ranks, Some(&entry.digest)).await;
+            let (index, ..) = read.map_err(|error| lost(error, info))?;
+            for stored in index.boxes {
+                let file = index.files.get(stored.file).map(|file| file.path.as_str()).unwrap_or_default();
+                let meta = TensorMeta::new(&stored.name, stored.dtype, stored.global.clone())?;
+                let part = Part {
+                    region: stored.region(),
+                    key: self.key(info, file)?,
+                    length: stored.byte_len()?,
+                    blocks: stored.blocks()?.map(Arc::from),
+                    stored,
+                };
+                let parts =
+                    tensors.entry(meta.name().to_owned()).or_insert(Parts { meta, parts: Vec::new() });
+                parts.parts.push(part);
+            }
+        }
+        Ok(StateReader { repo: self.clone(), info: info.clone(), manifest, tensors })
+    }
+}
+
+impl StateReader {
+    /// What the state is; its sections are in there.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Every tensor, whole, by name.
+    pub fn tensors(&self) -> impl Iterator<Item = &TensorMeta> {
+        self.tensors.values().map(|parts| &parts.meta)
+    }
+
+    /// The box of `shape` from `offset`, in elements along each dimension, of tensor `name`.
+    ///
+    /// # Errors
+    /// `NotFound` for another name; `Invalid` for a box that does not fit; `Corrupt` for damage; what the store
+    /// answers.
+    pub async fn read(&self, name: &str, offset: &[usize], shape: &[usize]) -> Result<BytesMut> {
+        let length = self.wanted(name, offset, shape)?.2;
+        let mut buffer = Vec::new();
+        buffer.try_reserve_exact(length).map_err(|error| {
+            Error::unsupported(format!("tensor `{name}`: no memory for {length} bytes")).with_source(error)
+        })?;
+        buffer.resize(length, 0);
+        self.read_into(name, offset, shape, BytesMut::from(Bytes::from(buffer))).await
+    }
+
+    /// As [`StateReader::read`], into memory of the caller, which gets it back. What lies in one piece in the file and in
+    /// the box is read to where it belongs, without a copy.
+    ///
+    /// # Errors
+    /// As [`StateReader::read`]; `Invalid` if `buffer` is not as long as the box. The buffer is then gone.
+    pub async fn read_into(
+        &self,
+        name: &str,
+        offset: &[usize],
+        shape: &[usize],
+        mut buffer: BytesMut,
+    ) -> Result<BytesMut> {
+        let (tensor, wanted, length) = self.wanted(name, offset, shape)?;
+        if buffer.len() != length {
+            return Err(Error::invalid(format!(
+                "tensor `{name}`: wanted a buffer of {length} bytes, found {}",
+                buffer.len()
+            )));
+        }
+        let width = tensor.meta.dtype().bits() as usize;
+        let mut jobs = Vec::new();
+        let mut covered = 0;
+        for part in &tensor.parts {
+            let Some(both) = part.region.overlap(&wanted) else { continue };
+            covered += both.volume().unwrap_or(0);
+            let mut pieces: Vec<Piece> = Vec::new();
+            for (from, to, count) in part.region.runs(&wanted, &both) {
+                let (from, to) = (bytes_of(from, width)?, bytes_of(to, width)?);
+                let length = bytes_of(count, width)?;
+                match pieces.last_mut() {
+                    Some(last) if last.from.end == from && last.to + last.from.len() == to => {
+                        last.from.end = from + length;
+                    }
+                    _ => pieces.push(Piece { from: from..from + length, to }),
+                }
+            }
+            plan(part, &pieces, &mut jobs);
+        }
+        if covered != wanted.volume().unwrap_or(usize::MAX) {
+            return Err(Error::corrupt(format!("tensor `{name}`: parts of the box were never saved"))
+                .with_help("load another state"));
+        }
+        let (direct, gather): (Vec<Job<'_>>, Vec<Job<'_>>) =
+            jobs.into_iter().partition(|job| job.direct().is_some());
+        let context = |error: Error| lost(error.context(format_args!("tensor `{name}`")), &self.info);
+        buffer = self.run_direct(direct, buffer).await.map_err(context)?;
+        let mut gathered = futures_util::stream::iter(gather)
+            .map(|job| async move { Ok::<_, Error>((self.fetch(&job).await?, job)) })
+            .buffered(READS_AT_ONCE);
+        while let Some((bytes, job)) = gathered.try_next().await.map_err(context)? {
+            for piece in &job.pieces {
+                let start = piece.from.start - job.blocks.start * DIGEST_BLOCK;
+                let source = bytes.get(start..start + piece.from.len());
+                let target = buffer.get_mut(piece.to..piece.to + piece.from.len());
+                if let (Some(source), Some(target)) = (source, target) {
+                    target.copy_from_slice(source);
+                }
+            }
+        }
+        Ok(buffer)
+    }
+
+    /// Every tensor, whole.
+    pub(super) async fn read_all(&self) -> Result<Weights> {
+        let read = futures_util::stream::iter(self.tensors.values()).map(|tensor| async move {
+            let shape = tensor.meta.shape();
+            let data = self.read(tensor.meta.name(), &vec![0; shape.len()], shape).await?;
+            Ok::<_, Error>((tensor.meta.clone(), data.freeze()))
+        });
+        Weights::new(read.buffered(TENSORS_AT_ONCE).try_collect::<Vec<_>>().await?)
+    }
+
+    fn wanted(&self, name: &str, offset: &[usize], shape: &[usize]) -> Result<(&Parts, Region, usize)> {
+        let tensor = self.tensors.get(name).ok_or_else(|| {
+            Error::not_found(format!("{} has no tensor `{}`", self.info.id, name.escape_debug()))
+                .with_help("see `tensors` for the names")
+        })?;
+        let region = Region { offset: offset.to_vec(), shape: shape.to_vec() };
+        if !region.fits(tensor.meta.shape()) {
+            return Err(Error::invalid(format!(
+                "tensor `{name}` of shape {:?}: the box {shape:?} from {offset:?} lies outside",
+                tensor.meta.shape()
+            ))
+            .with_help("give offset and shape in elements, one for each dimension"));
+        }
+        let length = TensorMeta::new(name, tensor.meta.dtype(), shape.to_vec())?.byte_len();
+        Ok((tensor, region, length))
+    }
+
+    /// Reads the jobs whose bytes are wanted as they lie, each to its place.
+    async fn run_direct(&self, mut jobs: Vec<Job<'_>>, mut buffer: BytesMut) -> Result<BytesMut> {
+        jobs.sort_by_key(|job| job.direct());
+        // The buffer is taken apart, so that the reads can go on at once, and put together again without a copy.
+        let mut segments = Vec::with_capacity(jobs.len());
+        for job in jobs.into_iter().rev() {
+            let Some(at) = job.direct() else { continue };
+            let behind = buffer.split_off((at + job.bytes().len()).min(buffer.len()));
+            let here = buffer.split_off(at.min(buffer.len()));
+            segments.push((job, here, behind));
+        }
+        let mut done = futures_util::stream::iter(segments.into_iter().rev())
+            .map(|(job, here, behind)| async move {
+                let read = self.repo.ops.read_into(&job.part.key, job.file_start(), here).await?;
+                Ok::<_, Error>((job.check(read).await?, behind))
+            })
+            .buffered(READS_AT_ONCE);
+        while let Some((here, behind)) = done.try_next().await? {
+            buffer.unsplit(here);
+            buffer.unsplit(behind);
+        }
+        Ok(buffer)
+    }
+
+    async fn fetch(&self, job: &Job<'_>) -> Result<Bytes> {
+        let range = job.file_start()..job.file_start() + job.bytes().len() as u64;
+        let bytes = self.repo.ops.get(&job.part.key, Some(range.clone())).await?;
+        if bytes.len() != job.bytes().len() {
+            return Err(Error::corrupt(format!("wanted bytes {range:?}, found {} of them", bytes.len())));
+        }
+        job.check(bytes).await
+    }
+}
+
+/// Bytes of a box that are wanted, and where.
+#[derive(Debug)]
+struct Piece {
+    /// In the box.
+    from: Range<usize>,
+    /// In the buffer.
+    to: usize,
+}
+
+/// One read: whole blocks of a box, so that they can be checked.
+#[derive(Debug)]
+struct Job<'a> {
+    part: &'a Part,
+    blocks: Range<usize>,
+    pieces: Vec<Piece>,
+}
+
+impl Job<'_> {
+    /// Its bytes within the box.
+    fn bytes(&self) -> Range<usize> {
+        self.blocks.start * DIGEST_BLOCK..self.part.length.min(self.blocks.end * DIGEST_BLOCK)
+    }
+
+    fn file_start(&self) -> u64 {
+        self.part.stored.start + (self.blocks.start * DIGEST_BLOCK) as u64
+    }
+
+    /// Where in the buffer all of its bytes belong, if they do in one piece.
+    fn direct(&self) -> Option<usize> {
+        match self.pieces.as_slice() {
+            [piece] if piece.from == self.bytes() => Some(piece.to),
+            _ => None,
+        }
+    }
+
+    /// Checks what was read.
+    async fn check<B: AsRef<[u8]> + Send + 'static>(&self, bytes: B) -> Result<B> {
+        let (blocks, range, digest) =
+            (self.part.blocks.clone(), self.blocks.clone(), self.part.stored.digest);
+        let check = move || {
+            let found = bytes.as_ref().chunks(DIGEST_BLOCK).map(block_digest);
+            let good = match blocks {
+                Some(blocks) => blocks.get(range).is_some_and(|wanted| found.eq(wanted.iter().copied())),
+                // One block at most: its digest is that of the box.
+                None => TensorDigest::of_blocks(found) == digest,
+            };
+            if good {
+                return Ok(bytes);
+            }
+            Err(Error::corrupt("a block does not match its digest").with_help("load another state"))
+        };
+        if self.bytes().len() <= DIGEST_BLOCK { check() } else { blocking(check).await }
+    }
+}
+
+/// Cuts what is wanted of a box into reads of whole blocks: neighbours together, none too long.
+fn plan<'a>(part: &'a Part, pieces: &[Piece], jobs: &mut Vec<Job<'a>>) {
+    let mut open: Option<Job<'a>> = None;
+    for piece in pieces {
+        let mut start = piece.from.start;
+        while start < piece.from.end {
+            let block = start / DIGEST_BLOCK;
+            let end = piece.from.end.min((block + 1) * DIGEST_BLOCK);
+            let to = piece.to + (start - piece.from.start);
+            let fits = open.as_ref().is_some_and(|job| {
+                block + 1 == job.blocks.end || block == job.blocks.end && job.blocks.len() < READ_BLOCKS
+            });
+            if !fits {
+                jobs.extend(open.take());
+            }
+            let job = open.get_or_insert_with(|| Job { part, blocks: block..block + 1, pieces: Vec::new() });
+            job.blocks.end = block + 1;
+            match job.pieces.last_mut() {
+                Some(last) if last.from.end == start && last.to + last.from.len() == to => {
+                    last.from.end = end
+                }
+                _ => job.pieces.push(Piece { from: start..end, to }),
+            }
+            start = end;
+        }
+    }
+    jobs.extend(open);
+}
+
+/// Elements as bytes; boxes of packed types begin and end at whole bytes.
+fn bytes_of(elements: usize, bits: usize) -> Result<usize> {
+    let bits = elements.checked_mul(bits).filter(|bits| bits % 8 == 0);
+    bits.map(|bits| bits / 8).ok_or_else(|| {
+        Error::unsupported("a box of a packed type does not begin or end at a whole byte")
+            .with_help("read the tensor whole, or a box of whole bytes")
+    })
+}
