@@ -3,19 +3,15 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
+use common::clocked::Clocked;
 use common::{find, name, session, shared, weights};
 use futures_util::StreamExt as _;
 use towline_core::testing::XorCodec;
-use towline_core::{
-    BoxStream, ErrorKind, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result, SnapshotKind, SnapshotStore,
-    Version, async_trait,
-};
+use towline_core::{ErrorKind, ObjectKey, PutMode, SnapshotKind, SnapshotStore};
 use towline_storage::{
     Best, Kept, Local, Memory, Metric, Prune, Pruned, Publish, Retention, SaveTrainState, SnapshotInfo,
     SnapshotRepo, Wanted, Writer,
@@ -23,61 +19,6 @@ use towline_storage::{
 
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
-
-/// A store whose clock can be set.
-#[derive(Debug)]
-struct Clocked {
-    inner: Arc<dyn SnapshotStore>,
-    /// Milliseconds before the real time.
-    ahead: AtomicI64,
-}
-
-impl Clocked {
-    fn new(inner: Arc<dyn SnapshotStore>) -> Arc<Self> {
-        Arc::new(Self { inner, ahead: AtomicI64::new(0) })
-    }
-
-    fn later(&self, time: Duration) {
-        self.ahead.fetch_add(time.as_millis() as i64, Ordering::SeqCst);
-    }
-
-    fn earlier(&self, time: Duration) {
-        self.ahead.fetch_sub(time.as_millis() as i64, Ordering::SeqCst);
-    }
-
-    /// Only what is written from now on has the new time: `clock` is what the repo looks at, and it is always new.
-    fn shown(&self, mut info: ObjectInfo) -> ObjectInfo {
-        if info.key.as_str().ends_with("/clock") {
-            info.modified_ms = info.modified_ms.saturating_add_signed(self.ahead.load(Ordering::SeqCst));
-        }
-        info
-    }
-}
-
-#[async_trait]
-impl SnapshotStore for Clocked {
-    async fn put(&self, key: &ObjectKey, body: Bytes, mode: PutMode) -> Result<Version> {
-        self.inner.put(key, body, mode).await
-    }
-    async fn writer(&self, key: &ObjectKey) -> Result<Box<dyn ObjectWriter>> {
-        self.inner.writer(key).await
-    }
-    async fn get(&self, key: &ObjectKey, range: Option<Range<u64>>) -> Result<Bytes> {
-        self.inner.get(key, range).await
-    }
-    async fn read_into(&self, key: &ObjectKey, start: u64, buffer: BytesMut) -> Result<BytesMut> {
-        self.inner.read_into(key, start, buffer).await
-    }
-    async fn head(&self, key: &ObjectKey) -> Result<ObjectInfo> {
-        self.inner.head(key).await.map(|info| self.shown(info))
-    }
-    async fn delete(&self, key: &ObjectKey) -> Result<()> {
-        self.inner.delete(key).await
-    }
-    fn list(&self, prefix: Option<&ObjectKey>) -> BoxStream<'static, Result<ObjectInfo>> {
-        self.inner.list(prefix)
-    }
-}
 
 struct Bench {
     clock: Arc<Clocked>,
@@ -346,6 +287,7 @@ async fn leases_hold_while_they_last() {
     assert_eq!((names(&pruned.given_up), why(&pruned, "a")), (vec!["b"], Kept::Leased));
     // Too late for what was given up.
     assert_eq!(bench.repo.lease(&b, HOUR).await.unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(bench.objects("leases").await.len(), 1, "what failed holds nothing");
     on_a.renew().await.unwrap();
     on_a.release().await.unwrap();
     assert_eq!(names(&bench.prune_by(last()).await.given_up), ["a"]);

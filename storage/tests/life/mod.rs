@@ -245,7 +245,10 @@ pub async fn recover(
     let mut wanted: Vec<_> = life.acknowledged.iter().collect();
     wanted.retain(|(text, _)| !pruned || STAYS.contains(&text.as_str()));
     let found: Vec<_> = listed.iter().map(|info| (info.name.to_string(), told(&info.id))).collect();
-    assert!(found.iter().collect::<Vec<_>>().starts_with(&wanted), "acknowledged {wanted:?}, listed {found:?}");
+    assert!(
+        found.iter().collect::<Vec<_>>().starts_with(&wanted),
+        "acknowledged {wanted:?}, listed {found:?}"
+    );
 
     if let (Some(process), Some(old)) = (process, &life.writer) {
         zombie(process, old, pace).await;

@@ -51,7 +51,9 @@ impl Place {
                 Pace { paused: true, deadline: seconds(20), slow: seconds(30), settle: seconds(300) }
             }
             // A network goes by the real clock.
-            Self::Url(_) => Pace { paused: false, deadline: seconds(2), slow: seconds(3), settle: seconds(4) },
+            Self::Url(_) => {
+                Pace { paused: false, deadline: seconds(2), slow: seconds(3), settle: seconds(4) }
+            }
         }
     }
 
@@ -97,7 +99,9 @@ impl Place {
                         }
                         let counted = runtime.block_on(case(number));
                         let mut totals = totals.lock().unwrap();
-                        counted.into_iter().for_each(|(what, times)| *totals.entry(what).or_default() += times);
+                        counted
+                            .into_iter()
+                            .for_each(|(what, times)| *totals.entry(what).or_default() += times);
                     }
                 });
             }
