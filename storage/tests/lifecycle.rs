@@ -12,6 +12,7 @@ use common::{find, name, session, shared, weights};
 use futures_util::StreamExt as _;
 use towline_core::testing::XorCodec;
 use towline_core::{ErrorKind, ObjectKey, PutMode, SnapshotKind, SnapshotStore};
+use towline_storage::testing::{Fault, FaultStore, Operation, Plan};
 use towline_storage::{
     Best, Kept, Local, Memory, Metric, Prune, Pruned, Publish, Retention, SaveTrainState, SnapshotInfo,
     SnapshotRepo, Wanted, Writer,
@@ -300,6 +301,51 @@ async fn leases_hold_while_they_last() {
     bench.clock.later(DAY * 40);
     bench.prune_by(last()).await;
     assert!(bench.objects("leases").await.is_empty(), "leases that are over are cleared");
+}
+
+/// A listing that came from before the lease is what a race comes to: whoever prunes has not seen it when it gave the
+/// snapshot up, and the reader has seen the snapshot alive.
+#[tokio::test]
+async fn a_lease_that_raced_with_giving_up_holds_the_chain() {
+    let bench = bench().await;
+    let a = bench.base("a").await;
+    bench.delta("b", "a").await;
+    let c = bench.delta("c", "b").await;
+    bench.base("d").await;
+    let faulty = FaultStore::new(Arc::<Clocked>::clone(&bench.clock), Plan::default());
+    let pruner = common::repo(Arc::new(faulty.clone()));
+    let prune = || Prune::new(Retention::new().with_last_snapshots(1).unwrap()).with_grace(Duration::ZERO);
+    pruner.prune(&Prune::new(Retention::new())).await.unwrap();
+    let lease = bench.repo.lease(&c, HOUR).await.unwrap();
+    faulty.script(Operation::List, "leases", [Fault::StaleList]);
+    let pruned = pruner.prune(&prune()).await.unwrap();
+    assert_eq!(faulty.left(), 0);
+    assert_eq!(names(&pruned.given_up), ["a", "b", "c"]);
+    assert_eq!((pruned.deleted.len(), names(&pruned.waiting)), (0, vec!["a", "b", "c"]));
+    assert_eq!(bench.names().await, ["d"]);
+    // It was given up, and whoever holds it can read it.
+    assert_eq!(bench.repo.restore(&c).await.unwrap(), weights("c"));
+    // Nobody else can hold it, and whoever tries delays nothing.
+    assert_eq!(bench.repo.lease(&c, DAY * 30).await.unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(bench.repo.lease(&a, DAY * 30).await.unwrap_err().kind(), ErrorKind::NotFound);
+    lease.release().await.unwrap();
+    assert_eq!(names(&pruner.prune(&prune()).await.unwrap().deleted), ["a", "b", "c"]);
+    assert_eq!(bench.repo.restore(&c).await.unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+#[tokio::test]
+async fn who_found_it_before_it_was_given_up_reads_it_until_the_grace_is_over() {
+    let bench = bench().await;
+    bench.base("a").await;
+    let b = bench.delta("b", "a").await;
+    bench.base("c").await;
+    let last = || Retention::new().with_last_snapshots(1).unwrap();
+    assert_eq!(names(&bench.prune_by(last()).await.given_up), ["a", "b"]);
+    assert_eq!(bench.repo.restore(&b).await.unwrap(), weights("b"));
+    bench.repo.verify(&b).await.unwrap();
+    bench.clock.later(DAY + HOUR);
+    assert_eq!(names(&bench.prune_by(last()).await.deleted), ["a", "b"]);
+    assert_eq!(bench.repo.restore(&b).await.unwrap_err().kind(), ErrorKind::NotFound);
 }
 
 #[tokio::test]
