@@ -3,7 +3,7 @@
 mod memory;
 mod pairs;
 mod report;
-mod section;
+pub(crate) mod section;
 mod tables;
 
 use std::path::{Path, PathBuf};

@@ -15,6 +15,7 @@ mod fuzz;
 mod golden;
 mod interop;
 mod python;
+mod real_stores;
 mod run;
 mod stop;
 mod table;
@@ -91,6 +92,12 @@ const COMMANDS: &[Command] = &[
         help: interop::HELP,
         run: interop::command,
     },
+    Command {
+        name: "real-stores",
+        about: "check the store laws on real object-store servers",
+        help: real_stores::HELP,
+        run: real_stores::command,
+    },
 ];
 
 fn main() -> ExitCode {
@@ -119,7 +126,7 @@ fn main() -> ExitCode {
 fn usage() -> String {
     let mut text = String::from("Usage: cargo xtask <COMMAND> [--json] [--help]\n\nCommands:\n");
     for command in COMMANDS {
-        text.push_str(&format!("  {:<9} {}\n", command.name, command.about));
+        text.push_str(&format!("  {:<11} {}\n", command.name, command.about));
     }
     text.push_str("\nExit: 0 done, 1 failed, 2 wrong use, 3 not possible on this machine");
     text

@@ -97,6 +97,24 @@ impl Job {
         Ok(text)
     }
 
+    /// Runs it and returns whether it ended with 0, and what it printed. Any other end than 0 or 1 fails: so does a
+    /// program that checks something and could not.
+    pub(crate) fn verdict(self) -> Result<(bool, String)> {
+        let mut child = self.spawn(Stdio::piped())?;
+        let printed = child.stdout.take().map(read_aside);
+        let ended = self.wait(&mut child);
+        let code = child.try_wait().ok().flatten().and_then(|status| status.code());
+        match (ended, code) {
+            (Ok(()), _) | (Err(_), Some(1)) => {}
+            (Err(stop), _) => return Err(stop),
+        }
+        let text = printed.and_then(|printed| printed.recv_timeout(Duration::from_secs(10)).ok());
+        let text = text
+            .and_then(std::io::Result::ok)
+            .ok_or_else(|| Stop::failed(format!("`{}` ended but its output did not", self.name())))?;
+        Ok((code == Some(0), text))
+    }
+
     /// Whether it runs and exits with 0; prints nothing.
     pub(crate) fn succeeds(self) -> bool {
         let mut command = self.command();
@@ -121,7 +139,8 @@ impl Job {
         text
     }
 
-    fn command(&self) -> Command {
+    /// The program as the standard library starts it, for callers that hold it themselves.
+    pub(crate) fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
         command.args(&self.arguments).stdin(if self.input.is_some() {
             Stdio::piped()
@@ -187,10 +206,7 @@ fn own_group() -> bool {
 /// Ends a child and what it started, and reaps it. Each call may fail because the process is gone already.
 fn kill(child: &mut Child) {
     if own_group() {
-        let _gone = Command::new("sh")
-            .args(["-c", &format!("kill -KILL -- -{}", child.id())])
-            .stderr(Stdio::null())
-            .status();
+        kill_group(child.id());
     } else {
         for descendant in descendants(child.id()) {
             let _gone = Command::new("sh")
@@ -201,6 +217,12 @@ fn kill(child: &mut Child) {
     }
     let _gone = child.kill();
     let _reaped = child.wait();
+}
+
+/// Kills a process group; it may be gone already. Without `--` before the number, which not every shell knows.
+pub(crate) fn kill_group(group: u32) {
+    let _gone =
+        Command::new("sh").args(["-c", &format!("kill -KILL -{group}")]).stderr(Stdio::null()).status();
 }
 
 fn descendants(parent: u32) -> Vec<u32> {
@@ -244,6 +266,9 @@ mod tests {
         assert!(Job::new("no-such-program-anywhere").run().is_err());
         let echoed = shell("cat").input("in".into()).output().unwrap();
         assert_eq!(echoed, "in");
+        assert_eq!(shell("printf found; exit 1").verdict().unwrap(), (false, "found".into()));
+        assert_eq!(shell("printf fine").verdict().unwrap(), (true, "fine".into()));
+        assert!(shell("printf usage; exit 2").verdict().is_err());
     }
 
     #[test]
@@ -253,5 +278,21 @@ mod tests {
             shell("sleep 60 & sleep 60; wait").deadline(Duration::from_millis(200)).output().unwrap_err();
         assert!(error.to_string().contains("deadline"), "{error}");
         assert!(started.elapsed() < Duration::from_secs(30));
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn a_group_is_killed_whole() {
+        let mut command = shell("sleep 60 & echo $!; wait").command();
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut id = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut id)
+            .unwrap();
+        kill_group(child.id());
+        let _reaped = child.wait();
+        // An orphan may stay a zombie until its new parent asks for it.
+        let state = format!("ps -o stat= -p {} | grep -v Z", id.trim());
+        assert!(!shell(&state).succeeds(), "{id} still runs");
     }
 }

@@ -6,7 +6,7 @@ use crate::stop::{Result, file_error};
 
 /// Puts `text` between `<!-- NAME:begin -->` and `<!-- NAME:end -->` of the file, which is made if it is not there and
 /// gets the marks at its end if it has none.
-pub(super) fn write(path: &Path, name: &str, text: &str) -> Result<()> {
+pub(crate) fn write(path: &Path, name: &str, text: &str) -> Result<()> {
     let old = match std::fs::read_to_string(path) {
         Ok(old) => old,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
