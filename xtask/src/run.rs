@@ -12,6 +12,9 @@ use crate::stop::{Result, Stop};
 /// How long a step may take when nothing else is said: long enough for a cold build on two cores.
 const DEADLINE: Duration = Duration::from_secs(30 * 60);
 
+/// How the variables begin in which `cargo run` describes the crate that it runs.
+const OF_THIS_CRATE: [&str; 2] = ["CARGO_PKG_", "CARGO_MANIFEST_"];
+
 /// One run of a program.
 #[derive(Debug)]
 pub(crate) struct Job {
@@ -147,6 +150,12 @@ impl Job {
         } else {
             Stdio::null()
         });
+        // What cargo says of this crate is not for others: a build script that looks at it (ring's) would run anew.
+        for (name, _) in std::env::vars_os() {
+            if name.to_str().is_some_and(|name| OF_THIS_CRATE.iter().any(|start| name.starts_with(start))) {
+                command.env_remove(name);
+            }
+        }
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         if let Some(directory) = &self.directory {
             command.current_dir(directory);

@@ -29,7 +29,7 @@ pub enum Depth {
 pub struct Verified {
     /// Tensors of the snapshot that were restored, each through the whole chain.
     pub tensors: u64,
-    /// Bytes that were read: of a full verification those of all files of the chain.
+    /// Bytes of all files of the chain if every byte was verified, else of the tensors that were.
     pub bytes: u64,
     /// Files of the chain.
     pub files: u64,
@@ -50,7 +50,7 @@ impl SnapshotRepo {
     /// As [`SnapshotRepo::verify`]; `Invalid` for a share that is not from 0 to 1.
     pub async fn verify_to(&self, info: &SnapshotInfo, depth: Depth) -> Result<Verified> {
         let share = match depth {
-            Depth::Full => return self.verify_all(info).await,
+            Depth::Full => 1.0,
             Depth::Quick => 0.0,
             Depth::Sample(share) if (0.0..=1.0).contains(&share) => share,
             Depth::Sample(share) => {
@@ -58,55 +58,45 @@ impl SnapshotRepo {
                     .with_help("give 0.1 for a tenth of the tensors"));
             }
         };
+        let full = depth == Depth::Full;
         let mut found = Verified { tensors: 0, bytes: 0, files: 0 };
         let manifest = self.manifest(info).await?;
         // A state is no chain, and the files of many ranks hold boxes.
-        let chain = if manifest.ranks > 0 { Vec::new() } else { self.open_chain(info).await? };
+        let is_state = manifest.ranks > 0;
+        let chain = if is_state { Vec::new() } else { self.open_chain(info).await? };
         let links = chain.iter().map(|link| (&link.info, &link.manifest));
-        let state = (manifest.ranks > 0).then_some((info, &manifest));
-        for (info, manifest) in links.chain(state) {
+        for (info, manifest) in links.chain(is_state.then_some((info, &manifest))) {
+            found.files += manifest.files.len() as u64;
+            if full {
+                self.verify_files(info, manifest).await?;
+                found.bytes += manifest.files.iter().map(|file| file.bytes).sum::<u64>();
+                continue;
+            }
             for entry in &manifest.files {
                 self.verify_size(info, entry).await.map_err(|error| lost(error, info))?;
             }
-            found.files += manifest.files.len() as u64;
         }
-        let drawn = |_: &usize| (random() as f64) < share * (u64::MAX as f64);
-        let tensors: Vec<usize> = (0..manifest.tensors.len()).filter(drawn).collect();
-        if manifest.ranks > 0 {
+        let drawn = |_: &usize| full || (random() as f64) < share * (u64::MAX as f64);
+        let tensors = (0..manifest.tensors.len()).filter(drawn);
+        let mut read = 0;
+        if is_state {
             let reader = self.open_state(info).await?;
-            for entry in tensors.iter().filter_map(|&number| manifest.tensors.get(number)) {
+            for entry in tensors.filter_map(|number| manifest.tensors.get(number)) {
                 let offset = vec![0; entry.shape.len()];
-                found.bytes += reader.read(&entry.name, &offset, &entry.shape).await?.len() as u64;
+                read += reader.read(&entry.name, &offset, &entry.shape).await?.len() as u64;
                 found.tensors += 1;
             }
         } else {
-            for number in tensors {
-                let read = self.restore_batch(&chain, number..number + 1).await?;
-                found.tensors += read.len() as u64;
-                found.bytes += read.iter().map(|(_, data)| data.len() as u64).sum::<u64>();
+            let batches =
+                if full { self.batches(&chain) } else { tensors.map(|number| number..number + 1).collect() };
+            for batch in batches {
+                let batch = self.restore_batch(&chain, batch).await?;
+                read += batch.iter().map(|(_, data)| data.len() as u64).sum::<u64>();
+                found.tensors += batch.len() as u64;
             }
         }
-        Ok(found)
-    }
-
-    async fn verify_all(&self, info: &SnapshotInfo) -> Result<Verified> {
-        let mut found = Verified { tensors: 0, bytes: 0, files: 0 };
-        let manifest = self.manifest(info).await?;
-        if manifest.ranks > 1 {
-            self.verify_files(info, &manifest).await?;
-            found.files = manifest.files.len() as u64;
-            found.bytes = manifest.files.iter().map(|file| file.bytes).sum();
-            found.tensors = self.open_state(info).await?.read_all().await?.tensors().len() as u64;
-            return Ok(found);
-        }
-        let chain = self.open_chain(info).await?;
-        for link in &chain {
-            self.verify_files(&link.info, &link.manifest).await?;
-            found.files += link.manifest.files.len() as u64;
-            found.bytes += link.manifest.files.iter().map(|file| file.bytes).sum::<u64>();
-        }
-        for batch in self.batches(&chain) {
-            found.tensors += self.restore_batch(&chain, batch).await?.len() as u64;
+        if !full {
+            found.bytes = read;
         }
         Ok(found)
     }

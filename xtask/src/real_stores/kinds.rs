@@ -52,6 +52,12 @@ impl Kind {
         self != Self::Moto
     }
 
+    /// Whether a condition and the write under it are one step. moto looks first and writes then, in threads: it may
+    /// tell two clients that they won, and does so to any client once in some hundred writes under contention.
+    pub(super) fn is_atomic(self) -> bool {
+        self != Self::Moto
+    }
+
     /// Where the laws run.
     pub(super) fn url(self) -> String {
         self.url_of(BUCKET)
