@@ -28,6 +28,9 @@ pub struct Chain {
     last_export: Option<SnapshotId>,
     /// Deltas saved since the last full snapshot.
     deltas: u32,
+    /// Their bytes together, and those of a full snapshot.
+    delta_bytes: u64,
+    full_bytes: u64,
 }
 
 /// What a chain is made with.
@@ -43,11 +46,20 @@ pub struct ChainSettings {
     /// After how many deltas in a row a base is saved unless a delta is asked for, so that what a restore has to
     /// read stays bounded. Default 128.
     pub max_deltas: u32,
+    /// A base is saved, unless a delta is asked for, when the deltas since the last one have together this many times
+    /// the bytes of a plain base: a restore then reads at most so much more. Default 4.
+    pub max_delta_share: f64,
 }
 
 impl Default for ChainSettings {
     fn default() -> Self {
-        Self { first: CheckpointType::Base, lora: false, parents: DeltaParents::Any, max_deltas: 128 }
+        Self {
+            first: CheckpointType::Base,
+            lora: false,
+            parents: DeltaParents::Any,
+            max_deltas: 128,
+            max_delta_share: 4.0,
+        }
     }
 }
 
@@ -77,6 +89,13 @@ impl ChainSettings {
     #[must_use]
     pub fn with_max_deltas(mut self, max_deltas: u32) -> Self {
         self.max_deltas = max_deltas;
+        self
+    }
+
+    /// Sets how many times the bytes of a base the deltas since it may have.
+    #[must_use]
+    pub fn with_max_delta_share(mut self, share: f64) -> Self {
+        self.max_delta_share = share;
         self
     }
 }
@@ -124,6 +143,8 @@ pub enum Reason {
     LastExport,
     /// There are this many deltas since the last full snapshot.
     Length(u32),
+    /// The deltas since the last full snapshot have this many bytes together.
+    Bytes(u64),
 }
 
 impl fmt::Display for Reason {
@@ -141,6 +162,7 @@ impl fmt::Display for Reason {
             }
             Self::Foreign(None) => write!(f, "the deployment serves nothing"),
             Self::Length(deltas) => write!(f, "there are {deltas} deltas since the last base"),
+            Self::Bytes(bytes) => write!(f, "the deltas since the last base have {bytes} bytes"),
             Self::LastExport => {
                 write!(f, "the trainer diffs only against its last save, which is not served")
             }
@@ -165,7 +187,14 @@ impl Chain {
     /// A chain that knows nothing of the deployment.
     #[must_use]
     pub fn new(settings: ChainSettings) -> Self {
-        Self { settings, state: State::Unknown(Reason::First), last_export: None, deltas: 0 }
+        Self {
+            settings,
+            state: State::Unknown(Reason::First),
+            last_export: None,
+            deltas: 0,
+            delta_bytes: 0,
+            full_bytes: 0,
+        }
     }
 
     /// Chooses what to save. `None` asks for a delta where one is allowed, else a base.
@@ -188,6 +217,9 @@ impl Chain {
             (None, false) if self.delta_parent().is_ok() && self.deltas >= self.settings.max_deltas => {
                 full(Reason::Length(self.deltas))
             }
+            (None, false) if self.delta_parent().is_ok() && self.deltas_are_large() => {
+                full(Reason::Bytes(self.delta_bytes))
+            }
             (requested, false) => match (self.delta_parent(), requested) {
                 (Ok(parent), requested) => Ok(SavePlan {
                     kind: SnapshotKind::Delta,
@@ -206,7 +238,20 @@ impl Chain {
     /// Records that `snapshot` was saved.
     pub fn saved(&mut self, snapshot: &SnapshotRef) {
         self.last_export = Some(snapshot.id.clone());
-        self.deltas = if snapshot.kind == SnapshotKind::Delta { self.deltas.saturating_add(1) } else { 0 };
+        self.full_bytes = snapshot.full_bytes;
+        (self.deltas, self.delta_bytes) = match snapshot.kind {
+            SnapshotKind::Delta => {
+                (self.deltas.saturating_add(1), self.delta_bytes.saturating_add(snapshot.stored_bytes))
+            }
+            SnapshotKind::Base | SnapshotKind::MergedBase | SnapshotKind::Adapter | SnapshotKind::State => {
+                (0, 0)
+            }
+        };
+    }
+
+    fn deltas_are_large(&self) -> bool {
+        self.full_bytes > 0
+            && self.delta_bytes as f64 > self.settings.max_delta_share * self.full_bytes as f64
     }
 
     /// Records that a save failed: what a trainer of [`DeltaParents::LastExported`] would diff against is unknown.

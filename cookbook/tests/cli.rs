@@ -227,6 +227,30 @@ fn a_store_is_listed_verified_and_exported() {
     let expected = dir.path().join("expected.safetensors");
     write(&expected, &weights(&["a"], 2));
     assert!(same(&out.join("model-00001-of-00001.safetensors"), &expected));
+    let keep = |words: &[&str]| {
+        let mut all = vec!["snapshot"];
+        all.extend(words);
+        all.extend(["--store", text(&store)]);
+        all.into_iter().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let kept = |words: &[&str]| json(&keep(words).iter().map(String::as_str).collect::<Vec<_>>());
+    let not = |words: &[&str]| refused(&keep(words).iter().map(String::as_str).collect::<Vec<_>>());
+    kept(&["verify", "--quick"]);
+    kept(&["verify", "--sample", "0.5"]);
+    assert!(not(&["verify", "--sample", "2"]).contains("wanted 0 to 1"));
+    assert_eq!(kept(&["doctor"])["findings"][0]["good"], true);
+    assert!(kept(&["ttl", "one", "--seconds", "3600"])["expires_ms"].is_u64());
+    assert!(kept(&["ttl", "one", "--clear"])["expires_ms"].is_null());
+    assert!(not(&["ttl", "one", "--seconds", "3599"]).contains("3600 to 315360000"));
+    kept(&["pin", "two", "--id", "best", "--reason", "serves"]);
+    let pruned = kept(&["prune", "--keep-last-snapshots", "1", "--dry-run"]);
+    assert_eq!(pruned["jobs"][0]["kept"][1]["why"], "pinned as `best`");
+    assert_eq!(pruned["jobs"][0]["kept"][0]["why"], "number 2 needs it");
+    kept(&["unpin", "--id", "best"]);
+    assert!(not(&["prune", "--keep-last-states", "0"]).contains("keep at least 1"));
+    assert!(not(&["prune", "--keep-best", "loss"]).contains("reward:max:3"));
+    kept(&["prune", "--keep-best", "loss:min:2", "--keep-last-snapshots", "1", "--grace-hours", "1"]);
+    assert_eq!(kept(&["list"])["snapshots"].as_array().unwrap().len(), 2, "the delta needs its base");
     // One flipped byte is found, and named.
     let file =
         walk(&store).into_iter().find(|path| path.ends_with("model-00001-of-00001.safetensors")).unwrap();

@@ -41,8 +41,8 @@ pub use object::ObjectAdapter;
 pub use open::open;
 pub use options::StoreOptions;
 pub use repo::{
-    Best, Kept, Lease, MAX_HEAD, Metric, Orphan, Pin, Prune, Pruned, Publish, RankPart, RankReceipt,
-    RankedSave, Retention, SaveTrainState, SnapshotInfo, SnapshotRepo, StateReader, StateTicket, TrainState,
-    Verified, Wanted, Writer, jobs,
+    BackgroundSaver, Best, Depth, Finding, Kept, Lease, MAX_HEAD, Metric, Orphan, Pin, Prune, Pruned,
+    Publish, RankPart, RankReceipt, RankedSave, Retention, SaveTrainState, SnapshotInfo, SnapshotRepo,
+    StateReader, StateTicket, TrainState, Verified, Wanted, WhenBusy, Writer, jobs,
 };
 pub use shard::{ShardReader, ShardSummary, first_payload, write_shard};

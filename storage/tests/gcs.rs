@@ -14,6 +14,7 @@ use futures_util::StreamExt as _;
 use object_store::gcp::{GoogleCloudStorage, GoogleCloudStorageBuilder};
 use object_store::{BackoffConfig, ClientOptions, RetryConfig};
 use towline_core::{Error, ErrorKind, ObjectKey, ObjectWriter, PutMode, SnapshotKind, SnapshotStore};
+use towline_storage::testing::Proxy;
 use towline_storage::{ObjectAdapter, Publish, StoreOptions};
 
 use common::{find, key, name, noise, repo, session, shared, weights};
@@ -79,6 +80,32 @@ async fn our_client_waits_as_long_as_it_is_told() {
     store.put(&key("object"), Bytes::from_static(b"body"), PutMode::Create).await.unwrap();
     assert!(started.elapsed() >= Duration::from_secs(2), "{:?}", started.elapsed());
     assert_eq!(store.get(&key("object"), None).await.unwrap(), "body");
+}
+
+/// The network goes away and comes back.
+#[tokio::test]
+async fn a_network_that_drops_is_told_and_comes_back() {
+    let sim = GcsSim::with_bucket(BUCKET).await;
+    let upstream = sim.url().strip_prefix("http://").unwrap().parse().unwrap();
+    let network = Proxy::start(upstream).await.unwrap();
+    let options = StoreOptions::new()
+        .with("base_url", format!("http://{}", network.address()))
+        .with("bearer_token", TOKEN);
+    let store = towline_storage::open(&format!("gs://{BUCKET}"), &options).unwrap();
+    let repo = repo(Arc::clone(&store));
+    let writer = repo.writer(session(1)).await.unwrap();
+    let publish = |text: &str| Publish::new(name(text), SnapshotKind::Base, shared(text));
+    writer.publish(publish("a")).await.unwrap();
+    network.refuse(true);
+    network.cut_all();
+    let started = Instant::now();
+    let error = store.get(&key("job/head.json"), None).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    assert!(error.help().is_some() && started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
+    network.refuse(false);
+    assert_eq!(repo.restore(&find(&repo, "a").await).await.unwrap(), weights("a"));
+    writer.publish(publish("b")).await.unwrap();
+    assert_eq!(repo.list().await.unwrap().len(), 2, "nothing is half there");
 }
 
 /// A store that answers nothing but errors is not asked for ever: the budget of all requests together ends it.

@@ -3,19 +3,16 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
+use common::clocked::Clocked;
 use common::{find, name, session, shared, weights};
 use futures_util::StreamExt as _;
 use towline_core::testing::XorCodec;
-use towline_core::{
-    BoxStream, ErrorKind, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result, SnapshotKind, SnapshotStore,
-    Version, async_trait,
-};
+use towline_core::{ErrorKind, ObjectKey, PutMode, SnapshotKind, SnapshotStore};
+use towline_storage::testing::{Fault, FaultStore, Operation, Plan};
 use towline_storage::{
     Best, Kept, Local, Memory, Metric, Prune, Pruned, Publish, Retention, SaveTrainState, SnapshotInfo,
     SnapshotRepo, Wanted, Writer,
@@ -23,61 +20,6 @@ use towline_storage::{
 
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
-
-/// A store whose clock can be set.
-#[derive(Debug)]
-struct Clocked {
-    inner: Arc<dyn SnapshotStore>,
-    /// Milliseconds before the real time.
-    ahead: AtomicI64,
-}
-
-impl Clocked {
-    fn new(inner: Arc<dyn SnapshotStore>) -> Arc<Self> {
-        Arc::new(Self { inner, ahead: AtomicI64::new(0) })
-    }
-
-    fn later(&self, time: Duration) {
-        self.ahead.fetch_add(time.as_millis() as i64, Ordering::SeqCst);
-    }
-
-    fn earlier(&self, time: Duration) {
-        self.ahead.fetch_sub(time.as_millis() as i64, Ordering::SeqCst);
-    }
-
-    /// Only what is written from now on has the new time: `clock` is what the repo looks at, and it is always new.
-    fn shown(&self, mut info: ObjectInfo) -> ObjectInfo {
-        if info.key.as_str().ends_with("/clock") {
-            info.modified_ms = info.modified_ms.saturating_add_signed(self.ahead.load(Ordering::SeqCst));
-        }
-        info
-    }
-}
-
-#[async_trait]
-impl SnapshotStore for Clocked {
-    async fn put(&self, key: &ObjectKey, body: Bytes, mode: PutMode) -> Result<Version> {
-        self.inner.put(key, body, mode).await
-    }
-    async fn writer(&self, key: &ObjectKey) -> Result<Box<dyn ObjectWriter>> {
-        self.inner.writer(key).await
-    }
-    async fn get(&self, key: &ObjectKey, range: Option<Range<u64>>) -> Result<Bytes> {
-        self.inner.get(key, range).await
-    }
-    async fn read_into(&self, key: &ObjectKey, start: u64, buffer: BytesMut) -> Result<BytesMut> {
-        self.inner.read_into(key, start, buffer).await
-    }
-    async fn head(&self, key: &ObjectKey) -> Result<ObjectInfo> {
-        self.inner.head(key).await.map(|info| self.shown(info))
-    }
-    async fn delete(&self, key: &ObjectKey) -> Result<()> {
-        self.inner.delete(key).await
-    }
-    fn list(&self, prefix: Option<&ObjectKey>) -> BoxStream<'static, Result<ObjectInfo>> {
-        self.inner.list(prefix)
-    }
-}
 
 struct Bench {
     clock: Arc<Clocked>,
@@ -346,6 +288,7 @@ async fn leases_hold_while_they_last() {
     assert_eq!((names(&pruned.given_up), why(&pruned, "a")), (vec!["b"], Kept::Leased));
     // Too late for what was given up.
     assert_eq!(bench.repo.lease(&b, HOUR).await.unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(bench.objects("leases").await.len(), 1, "what failed holds nothing");
     on_a.renew().await.unwrap();
     on_a.release().await.unwrap();
     assert_eq!(names(&bench.prune_by(last()).await.given_up), ["a"]);
@@ -358,6 +301,51 @@ async fn leases_hold_while_they_last() {
     bench.clock.later(DAY * 40);
     bench.prune_by(last()).await;
     assert!(bench.objects("leases").await.is_empty(), "leases that are over are cleared");
+}
+
+/// A listing that came from before the lease is what a race comes to: whoever prunes has not seen it when it gave the
+/// snapshot up, and the reader has seen the snapshot alive.
+#[tokio::test]
+async fn a_lease_that_raced_with_giving_up_holds_the_chain() {
+    let bench = bench().await;
+    let a = bench.base("a").await;
+    bench.delta("b", "a").await;
+    let c = bench.delta("c", "b").await;
+    bench.base("d").await;
+    let faulty = FaultStore::new(Arc::<Clocked>::clone(&bench.clock), Plan::default());
+    let pruner = common::repo(Arc::new(faulty.clone()));
+    let prune = || Prune::new(Retention::new().with_last_snapshots(1).unwrap()).with_grace(Duration::ZERO);
+    pruner.prune(&Prune::new(Retention::new())).await.unwrap();
+    let lease = bench.repo.lease(&c, HOUR).await.unwrap();
+    faulty.script(Operation::List, "leases", [Fault::StaleList]);
+    let pruned = pruner.prune(&prune()).await.unwrap();
+    assert_eq!(faulty.left(), 0);
+    assert_eq!(names(&pruned.given_up), ["a", "b", "c"]);
+    assert_eq!((pruned.deleted.len(), names(&pruned.waiting)), (0, vec!["a", "b", "c"]));
+    assert_eq!(bench.names().await, ["d"]);
+    // It was given up, and whoever holds it can read it.
+    assert_eq!(bench.repo.restore(&c).await.unwrap(), weights("c"));
+    // Nobody else can hold it, and whoever tries delays nothing.
+    assert_eq!(bench.repo.lease(&c, DAY * 30).await.unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(bench.repo.lease(&a, DAY * 30).await.unwrap_err().kind(), ErrorKind::NotFound);
+    lease.release().await.unwrap();
+    assert_eq!(names(&pruner.prune(&prune()).await.unwrap().deleted), ["a", "b", "c"]);
+    assert_eq!(bench.repo.restore(&c).await.unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+#[tokio::test]
+async fn who_found_it_before_it_was_given_up_reads_it_until_the_grace_is_over() {
+    let bench = bench().await;
+    bench.base("a").await;
+    let b = bench.delta("b", "a").await;
+    bench.base("c").await;
+    let last = || Retention::new().with_last_snapshots(1).unwrap();
+    assert_eq!(names(&bench.prune_by(last()).await.given_up), ["a", "b"]);
+    assert_eq!(bench.repo.restore(&b).await.unwrap(), weights("b"));
+    bench.repo.verify(&b).await.unwrap();
+    bench.clock.later(DAY + HOUR);
+    assert_eq!(names(&bench.prune_by(last()).await.deleted), ["a", "b"]);
+    assert_eq!(bench.repo.restore(&b).await.unwrap_err().kind(), ErrorKind::NotFound);
 }
 
 #[tokio::test]

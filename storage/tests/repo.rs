@@ -16,6 +16,7 @@ use towline_core::testing::XorCodec;
 use towline_core::{
     Codec, DType, ErrorKind, JobId, PutMode, SnapshotKind, SnapshotStore, TensorMeta, Weights,
 };
+use towline_storage::testing::{FaultStore, Plan};
 use towline_storage::{
     FileSource, Local, Memory, Publish, SaveTrainState, SnapshotRepo, Wanted, Writer, jobs,
 };
@@ -406,4 +407,40 @@ async fn odd_sets_of_tensors_go_round() {
         repo.export(&a, &dir.path().join("out")).await.unwrap();
         assert_eq!(read_folder(&dir.path().join("out")), *set);
     }
+}
+
+/// What it costs to open the newest snapshot does not grow with what the job has.
+#[tokio::test]
+async fn opening_the_newest_takes_the_same_requests_with_ten_thousand() {
+    let mut counts = Vec::new();
+    for existing in [10, 10_000] {
+        let store: Arc<dyn SnapshotStore> = Arc::new(Memory::new());
+        let counted = FaultStore::new(Arc::clone(&store), Plan::new(1));
+        let repo = repo(Arc::new(counted.clone()));
+        base(&repo.writer(session(1)).await.unwrap(), "first").await;
+        // The others are there by the head's word alone.
+        let head = key("job/head.json");
+        let json: serde_json::Value = serde_json::from_slice(&store.get(&head, None).await.unwrap()).unwrap();
+        let mut json = json["head"].clone();
+        let first = json["live"][0].clone();
+        let more = (2..existing).map(|seq| {
+            let mut info = first.clone();
+            info["seq"] = seq.into();
+            info["dir"] = format!("snapshots/{seq:08}-first-{seq:016x}").into();
+            info
+        });
+        json["live"].as_array_mut().unwrap().extend(more);
+        json["next_seq"] = existing.into();
+        store.put(&head, serde_json::to_vec(&json).unwrap().into(), PutMode::Overwrite).await.unwrap();
+        base(&repo.writer(session(2)).await.unwrap(), "last").await;
+        let before = counted.operations();
+        let newest = repo.newest(Wanted::Sampler).await.unwrap().unwrap();
+        assert_eq!((newest.seq, newest.name.as_str()), (existing, "last"));
+        repo.manifest(&newest).await.unwrap();
+        let opened = counted.operations() - before;
+        assert_eq!(repo.restore(&newest).await.unwrap(), weights("last"));
+        counts.push((opened, counted.operations() - before));
+    }
+    assert_eq!(counts[0], counts[1]);
+    assert_eq!(counts[0].0, 4, "size and body of the head and of the manifest");
 }

@@ -167,6 +167,32 @@ fn a_long_chain_gets_a_base_by_itself() {
 }
 
 #[test]
+fn a_heavy_chain_gets_a_base_by_itself() {
+    let first = base("s0", 0).with_sizes(100, 100, None);
+    let mut chain = serving(&first, |settings| settings.with_max_delta_share(1.5));
+    let mut parent = first;
+    for step in 1..=4 {
+        // 50, 100 and 151 bytes of deltas lie on a base of 100.
+        let expected = match step {
+            4 => Ok((SnapshotKind::Base, Reason::Bytes(151))),
+            _ => Ok((SnapshotKind::Delta, Reason::Confirmed)),
+        };
+        check(&chain, AUTO, expected);
+        let bytes = if step == 3 { 51 } else { 50 };
+        parent = delta(&format!("s{step}"), step, &parent).with_sizes(bytes, 100, None);
+        chain.saved(&parent);
+        chain.ordered(&parent.id);
+        assert!(chain.confirmed(&parent.id));
+    }
+    check(&chain, DELTA, Ok((SnapshotKind::Delta, Reason::Requested)));
+    let next = base("s5", 5).with_sizes(100, 100, None);
+    chain.saved(&next);
+    chain.ordered(&next.id);
+    assert!(chain.confirmed(&next.id));
+    check(&chain, AUTO, Ok((SnapshotKind::Delta, Reason::Confirmed)));
+}
+
+#[test]
 fn a_lora_save_is_always_the_whole_adapter() {
     let first = base("s0", 0);
     for chain in

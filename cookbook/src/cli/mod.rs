@@ -4,6 +4,7 @@ mod bench;
 mod delta;
 mod deployment;
 mod files;
+mod keep;
 mod output;
 mod serve;
 mod snapshot;

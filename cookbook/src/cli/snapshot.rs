@@ -6,7 +6,7 @@ use std::sync::Arc;
 use clap::{Args, Subcommand};
 use serde_json::json;
 use towline_core::{Error, JobId, Result, SnapshotStore};
-use towline_storage::{SnapshotInfo, SnapshotRepo, StoreOptions, Wanted};
+use towline_storage::{Depth, SnapshotInfo, SnapshotRepo, StoreOptions, Wanted};
 
 use super::output::{Output, table};
 
@@ -20,20 +20,22 @@ pub(crate) enum Command {
     Show(One),
     /// Read and check every byte of one snapshot, or of all.
     #[command(after_help = "Example:\n  towline snapshot verify --store ./store")]
-    Verify(Selection),
+    Verify(Verify),
     /// Write a snapshot as a plain Hugging Face directory.
     #[command(after_help = "Example:\n  towline snapshot export --store ./store step-00040 -o model")]
     Export(Export),
+    #[command(flatten)]
+    Keep(super::keep::Command),
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Place {
     /// The store: a directory, or an s3://, gs:// or az:// URL.
     #[arg(long)]
-    store: String,
+    pub(super) store: String,
     /// The job; all jobs by default.
     #[arg(long)]
-    job: Option<String>,
+    pub(super) job: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -45,11 +47,17 @@ pub(crate) struct One {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Selection {
+pub(crate) struct Verify {
     #[command(flatten)]
     place: Place,
     /// A name or identity; all by default.
     name: Option<String>,
+    /// Only look whether every file is there and as long as it should be.
+    #[arg(long, conflicts_with = "sample")]
+    quick: bool,
+    /// Only restore this share of the tensors, from 0 to 1, drawn anew each time.
+    #[arg(long, value_name = "SHARE")]
+    sample: Option<f64>,
 }
 
 #[derive(Debug, Args)]
@@ -67,10 +75,11 @@ pub(crate) async fn run(command: Command, output: &Output) -> Result<()> {
         Command::Show(one) => show(&one, output).await,
         Command::Verify(options) => verify(&options, output).await,
         Command::Export(options) => export(&options, output).await,
+        Command::Keep(command) => super::keep::run(command, output).await,
     }
 }
 
-async fn repos(place: &Place) -> Result<Vec<SnapshotRepo>> {
+pub(super) async fn repos(place: &Place) -> Result<Vec<SnapshotRepo>> {
     let store: Arc<dyn SnapshotStore> = towline_storage::open(&place.store, &StoreOptions::from_env()?)?;
     let jobs = match &place.job {
         Some(job) => vec![JobId::new(job.as_str())?],
@@ -79,7 +88,7 @@ async fn repos(place: &Place) -> Result<Vec<SnapshotRepo>> {
     Ok(jobs.into_iter().map(|job| SnapshotRepo::new(Arc::clone(&store), job, towline_codec::all())).collect())
 }
 
-async fn find(one: &One) -> Result<(SnapshotRepo, SnapshotInfo)> {
+pub(super) async fn find(one: &One) -> Result<(SnapshotRepo, SnapshotInfo)> {
     let mut missing = Error::not_found(format!("the store `{}` holds no job", one.place.store));
     for repo in repos(&one.place).await? {
         match repo.find(&one.name, Wanted::Any).await {
@@ -114,7 +123,7 @@ async fn list(place: &Place, output: &Output) -> Result<()> {
     Ok(())
 }
 
-fn describe(repo: &SnapshotRepo, info: &SnapshotInfo) -> serde_json::Value {
+pub(super) fn describe(repo: &SnapshotRepo, info: &SnapshotInfo) -> serde_json::Value {
     json!({
         "job": repo.job(), "seq": info.seq, "identity": info.id.identity, "digest": info.id.digest, "kind": info.kind,
         "codec": info.codec, "step": info.step, "stored_bytes": info.stored_bytes, "full_bytes": info.full_bytes,
@@ -134,7 +143,7 @@ async fn show(one: &One, output: &Output) -> Result<()> {
     Ok(())
 }
 
-async fn verify(options: &Selection, output: &Output) -> Result<()> {
+async fn verify(options: &Verify, output: &Output) -> Result<()> {
     let chosen: Vec<(SnapshotRepo, SnapshotInfo)> = match &options.name {
         Some(name) => {
             let place = Place { store: options.place.store.clone(), job: options.place.job.clone() };
@@ -148,11 +157,16 @@ async fn verify(options: &Selection, output: &Output) -> Result<()> {
             all
         }
     };
+    let depth = match (options.quick, options.sample) {
+        (true, _) => Depth::Quick,
+        (false, Some(share)) => Depth::Sample(share),
+        (false, None) => Depth::Full,
+    };
     let total = chosen.iter().map(|(_, info)| info.stored_bytes).sum();
     let progress = output.progress("verify", total);
     let (mut lines, mut values, mut failed) = (Vec::new(), Vec::new(), 0);
     for (repo, info) in &chosen {
-        let outcome = repo.verify(info).await;
+        let outcome = repo.verify_to(info, depth).await;
         progress.add(info.stored_bytes);
         let verdict = match &outcome {
             Ok(checked) => format!("ok ({} tensors, {} bytes)", checked.tensors, checked.bytes),

@@ -42,21 +42,20 @@ impl SnapshotRepo {
     /// Opens `info` and everything that it rests on, the base first.
     pub(super) async fn open_chain(&self, info: &SnapshotInfo) -> Result<Vec<Link>> {
         let mut links = vec![self.open_link(info).await?];
-        let mut live = None;
+        let mut head = None;
         while let Some(link) = links.last()
             && let Some(parent) = &link.manifest.parent
         {
             if links.len() > MAX_DEPTH as usize {
                 return Err(Error::corrupt(format!("{} rests on more than {MAX_DEPTH} deltas", info.id)));
             }
-            let live = match &live {
-                Some(live) => live,
-                None => live.insert(self.head().await?.live),
+            let head = match &head {
+                Some(head) => head,
+                None => head.insert(self.head().await?),
             };
-            // Numbers fall along the chain, so that it ends.
-            let found = live
-                .iter()
-                .find(|live| live.seq == parent.seq && live.seq < link.info.seq && live.id == parent.id);
+            // Who has found a delta before it was given up finds its parent too. Numbers fall along the chain, so that it
+            // ends.
+            let found = head.stored(parent.seq, &parent.id).filter(|found| found.seq < link.info.seq);
             let found = found.ok_or_else(|| {
                 Error::not_found(format!(
                     "{} is a delta on {} with number {}, which job {} does not have",

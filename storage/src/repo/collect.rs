@@ -162,10 +162,11 @@ impl SnapshotRepo {
         let head = self.existing(self.head_object()?.read().await?)?;
         // Listed after the tombstones were read: who took a lease before one was set is in here, and who took it
         // later has found the snapshot gone.
-        let leased = self.leased(now_ms).await?;
+        let mut held = self.leased(now_ms).await?;
+        head.hold_parents(&mut held);
         let due = |tombstone: &Tombstone| {
             tombstone.since_ms.saturating_add(whole_ms(prune.grace)) <= now_ms
-                && !leased.contains(&tombstone.info.seq)
+                && !held.contains(&tombstone.info.seq)
         };
         let (deleted, waiting): (Vec<_>, Vec<_>) =
             head.tombstones.iter().partition(|tombstone| due(tombstone));

@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use towline_core::{
-    Error, ErrorKind, JobId, ObjectKey, PutMode, Result, SessionId, TensorDigest, Version, WriteId,
+    Error, ErrorKind, JobId, ObjectKey, PutMode, Result, SessionId, SnapshotId, TensorDigest, Version,
+    WriteId,
 };
 
 use super::info::{SnapshotInfo, Wanted};
@@ -208,6 +209,24 @@ impl Head {
     /// What exists with this number.
     pub(super) fn live(&self, seq: u64) -> Option<&SnapshotInfo> {
         self.live.binary_search_by_key(&seq, |info| info.seq).ok().and_then(|at| self.live.get(at))
+    }
+
+    /// What exists or was given up, and has this number and identity.
+    pub(super) fn stored(&self, seq: u64, id: &SnapshotId) -> Option<&SnapshotInfo> {
+        let dead = self.tombstones.iter().map(|tombstone| &tombstone.info);
+        self.live.iter().chain(dead).find(|info| info.seq == seq && info.id == *id)
+    }
+
+    /// Adds to `held`, numbers of snapshots, what was given up and they need.
+    pub(super) fn hold_parents(&self, held: &mut BTreeSet<u64>) {
+        // Parents have lower numbers than what needs them.
+        for Tombstone { info, .. } in self.tombstones.iter().rev() {
+            if let (true, Some(parent)) = (held.contains(&info.seq), &info.parent) {
+                let before = self.tombstones.iter().map(|tombstone| &tombstone.info);
+                let before = before.filter(|before| before.seq < info.seq && before.id == *parent);
+                held.extend(before.map(|before| before.seq));
+            }
+        }
     }
 
     /// Whether a snapshot, one that was given up, or a state that was begun has the folder `dir`.

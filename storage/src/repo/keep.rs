@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use bytes::Bytes;
-use towline_core::{Error, ObjectInfo, ObjectKey, PutMode, Result, WriteId};
+use towline_core::{Error, ErrorKind, ObjectInfo, ObjectKey, PutMode, Result, WriteId};
 
 use super::SnapshotRepo;
 use super::head::{Head, Pin};
@@ -89,8 +89,16 @@ impl SnapshotRepo {
         let seconds = time.as_secs().max(1);
         let key = ObjectKey::new(format!("{}/leases/{:08}-{seconds}-{id}", self.job, info.seq))?;
         let lease = Lease { repo: self.clone(), info: info.clone(), key };
-        lease.renew().await?;
-        Ok(lease)
+        match lease.renew().await {
+            Ok(()) => Ok(lease),
+            Err(error) => {
+                if error.kind() == ErrorKind::NotFound {
+                    // It would hold up the sweeping of what nobody has found. Where this fails it ends by itself.
+                    let _ = self.ops.delete(&lease.key).await;
+                }
+                Err(error)
+            }
+        }
     }
 
     /// The numbers that are leased at `now_ms`.

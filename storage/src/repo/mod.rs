@@ -1,8 +1,10 @@
 //! The snapshots and train states of one job.
 
+mod background;
 mod boxes;
 mod chain;
 mod collect;
+mod doctor;
 mod export;
 mod files;
 mod head;
@@ -34,7 +36,9 @@ use crate::random::now_ms;
 use head::{Head, HeadObject};
 use ops::Ops;
 
+pub use background::{BackgroundSaver, WhenBusy};
 pub use collect::{Orphan, Prune, Pruned};
+pub use doctor::Finding;
 pub use head::{MAX_HEAD, Pin};
 pub use info::{Metric, SnapshotInfo, Wanted};
 pub use keep::Lease;
@@ -43,7 +47,7 @@ pub use ranks::{RankPart, RankReceipt, StateTicket};
 pub use reshard::StateReader;
 pub use restore::TrainState;
 pub use retain::{Best, Kept, Retention};
-pub use verify::Verified;
+pub use verify::{Depth, Verified};
 pub use writer::{RankedSave, Writer};
 
 /// Plain bytes in one file unless the caller says otherwise.

@@ -72,7 +72,16 @@ pub struct RankReceipt {
 /// The tensors of one rank: each of its source is a whole tensor, or a box of one.
 pub struct RankPart {
     source: Arc<dyn TensorSource>,
-    boxes: BTreeMap<String, (String, Vec<usize>, Vec<usize>)>,
+    boxes: BTreeMap<String, BoxPlace>,
+}
+
+/// Which box of which tensor.
+#[derive(Debug, Clone)]
+struct BoxPlace {
+    name: String,
+    /// The shape of the whole tensor.
+    global: Vec<usize>,
+    offset: Vec<usize>,
 }
 
 impl RankPart {
@@ -91,7 +100,8 @@ impl RankPart {
         global: impl Into<Vec<usize>>,
         offset: impl Into<Vec<usize>>,
     ) -> Self {
-        self.boxes.insert(key.into(), (name.into(), global.into(), offset.into()));
+        let place = BoxPlace { name: name.into(), global: global.into(), offset: offset.into() };
+        self.boxes.insert(key.into(), place);
         self
     }
 }
@@ -135,13 +145,14 @@ pub(super) struct StoredBox {
 }
 
 impl StoredBox {
-    fn new(entry: &TensorEntry, name: String, global: Vec<usize>, offset: Vec<usize>, place: &Place) -> Self {
-        let blocks = match place.blocks.as_slice() {
+    fn new(entry: &TensorEntry, place: BoxPlace, stored: &Place) -> Self {
+        let BoxPlace { name, global, offset } = place;
+        let blocks = match stored.blocks.as_slice() {
             [] | [_] => String::new(),
             many => many.iter().map(|block| format!("{block:032x}")).collect(),
         };
         let (dtype, shape, digest) = (entry.dtype, entry.shape.clone(), entry.digest);
-        Self { name, dtype, global, offset, shape, file: entry.file, start: place.start, digest, blocks }
+        Self { name, dtype, global, offset, shape, file: entry.file, start: stored.start, digest, blocks }
     }
 
     pub(super) fn region(&self) -> Region {
@@ -219,7 +230,7 @@ impl RankIndex {
             let end =
                 u64::try_from(stored.byte_len()?).ok().and_then(|bytes| stored.start.checked_add(bytes));
             let file = index.files.get(stored.file);
-            if !file.zip(end).is_some_and(|(file, end)| end <= file.bytes)
+            if file.zip(end).is_none_or(|(file, end)| end > file.bytes)
                 || !stored.region().fits(&stored.global)
             {
                 return Err(Error::corrupt(format!("`{key}`: tensor `{}` lies outside", stored.name)));
@@ -268,9 +279,7 @@ impl SnapshotRepo {
             boxes: entries
                 .iter()
                 .zip(places)
-                .map(|((entry, place), (name, global, offset))| {
-                    StoredBox::new(entry, name, global, offset, place)
-                })
+                .map(|((entry, stored), place)| StoredBox::new(entry, place, stored))
                 .collect(),
         };
         let (body, digest) = index_bytes(&index)?;
@@ -362,25 +371,31 @@ impl SnapshotRepo {
 }
 
 impl RankPart {
-    /// Tensor, its shape and where the box begins, for each tensor of the source.
-    fn places(&self) -> Result<Vec<(String, Vec<usize>, Vec<usize>)>> {
+    /// The box that each tensor of the source is.
+    fn places(&self) -> Result<Vec<BoxPlace>> {
         let place = |meta: &TensorMeta| {
-            let whole = || (meta.name().to_owned(), meta.shape().to_vec(), vec![0; meta.shape().len()]);
-            let place = self.boxes.get(meta.name()).cloned().unwrap_or_else(whole);
-            let region = Region { offset: place.2.clone(), shape: meta.shape().to_vec() };
-            if region.fits(&place.1) {
+            let place = self.boxes.get(meta.name()).cloned().unwrap_or_else(|| BoxPlace::whole(meta));
+            let region = Region { offset: place.offset.clone(), shape: meta.shape().to_vec() };
+            if region.fits(&place.global) {
                 return Ok(place);
             }
             Err(Error::invalid(format!(
                 "tensor `{}`: the box {:?} from {:?} is not within {:?}",
-                place.0,
+                place.name,
                 meta.shape(),
-                place.2,
-                place.1
+                place.offset,
+                place.global
             ))
             .with_help("give offset and shape in elements, one for each dimension"))
         };
         self.source.tensors().iter().map(place).collect()
+    }
+}
+
+impl BoxPlace {
+    fn whole(meta: &TensorMeta) -> Self {
+        let shape = meta.shape();
+        Self { name: meta.name().to_owned(), global: shape.to_vec(), offset: vec![0; shape.len()] }
     }
 }
 
@@ -389,9 +404,10 @@ pub(super) fn single_index<'a>(
     tensors: impl Iterator<Item = (&'a TensorEntry, &'a Place)>,
     files: &[FileEntry],
 ) -> Result<(Bytes, TensorDigest)> {
-    let whole = |(entry, place): (&TensorEntry, &Place)| {
+    let whole = |(entry, stored): (&TensorEntry, &Place)| {
         let offset = vec![0; entry.shape.len()];
-        StoredBox::new(entry, entry.name.clone(), entry.shape.clone(), offset, place)
+        let place = BoxPlace { name: entry.name.clone(), global: entry.shape.clone(), offset };
+        StoredBox::new(entry, place, stored)
     };
     let boxes = tensors.map(whole).collect();
     index_bytes(&RankIndex {

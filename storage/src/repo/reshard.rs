@@ -161,9 +161,10 @@ impl StateReader {
             jobs.into_iter().partition(|job| job.direct().is_some());
         let context = |error: Error| lost(error.context(format_args!("tensor `{name}`")), &self.info);
         buffer = self.run_direct(direct, buffer).await.map_err(context)?;
-        let mut gathered = futures_util::stream::iter(gather)
-            .map(|job| async move { Ok::<_, Error>((self.fetch(&job).await?, job)) })
-            .buffered(READS_AT_ONCE);
+        // Futures are made before they are streamed: a closure that makes them would not be general enough for callers
+        // that send theirs to other threads.
+        let gather: Vec<_> = gather.into_iter().map(|job| self.fetch(job)).collect();
+        let mut gathered = futures_util::stream::iter(gather).buffered(READS_AT_ONCE);
         while let Some((bytes, job)) = gathered.try_next().await.map_err(context)? {
             for piece in &job.pieces {
                 let start = piece.from.start - job.blocks.start * DIGEST_BLOCK;
@@ -179,12 +180,15 @@ impl StateReader {
 
     /// Every tensor, whole.
     pub(super) async fn read_all(&self) -> Result<Weights> {
-        let read = futures_util::stream::iter(self.tensors.values()).map(|tensor| async move {
-            let shape = tensor.meta.shape();
-            let data = self.read(tensor.meta.name(), &vec![0; shape.len()], shape).await?;
-            Ok::<_, Error>((tensor.meta.clone(), data.freeze()))
-        });
+        let read: Vec<_> = self.tensors.values().map(|tensor| self.read_whole(&tensor.meta)).collect();
+        let read = futures_util::stream::iter(read);
         Weights::new(read.buffered(TENSORS_AT_ONCE).try_collect::<Vec<_>>().await?)
+    }
+
+    async fn read_whole(&self, meta: &TensorMeta) -> Result<(TensorMeta, Bytes)> {
+        let offset = vec![0; meta.shape().len()];
+        let data = self.read(meta.name(), &offset, meta.shape()).await?;
+        Ok((meta.clone(), data.freeze()))
     }
 
     fn wanted(&self, name: &str, offset: &[usize], shape: &[usize]) -> Result<(&Parts, Region, usize)> {
@@ -215,12 +219,9 @@ impl StateReader {
             let here = buffer.split_off(at.min(buffer.len()));
             segments.push((job, here, behind));
         }
-        let mut done = futures_util::stream::iter(segments.into_iter().rev())
-            .map(|(job, here, behind)| async move {
-                let read = self.repo.ops.read_into(&job.part.key, job.file_start(), here).await?;
-                Ok::<_, Error>((job.check(read).await?, behind))
-            })
-            .buffered(READS_AT_ONCE);
+        let reads: Vec<_> =
+            segments.into_iter().rev().map(|(job, here, behind)| self.fill(job, here, behind)).collect();
+        let mut done = futures_util::stream::iter(reads).buffered(READS_AT_ONCE);
         while let Some((here, behind)) = done.try_next().await? {
             buffer.unsplit(here);
             buffer.unsplit(behind);
@@ -228,13 +229,18 @@ impl StateReader {
         Ok(buffer)
     }
 
-    async fn fetch(&self, job: &Job<'_>) -> Result<Bytes> {
+    async fn fill(&self, job: Job<'_>, here: BytesMut, behind: BytesMut) -> Result<(BytesMut, BytesMut)> {
+        let read = self.repo.ops.read_into(&job.part.key, job.file_start(), here).await?;
+        Ok((job.check(read).await?, behind))
+    }
+
+    async fn fetch<'a>(&self, job: Job<'a>) -> Result<(Bytes, Job<'a>)> {
         let range = job.file_start()..job.file_start() + job.bytes().len() as u64;
         let bytes = self.repo.ops.get(&job.part.key, Some(range.clone())).await?;
         if bytes.len() != job.bytes().len() {
             return Err(Error::corrupt(format!("wanted bytes {range:?}, found {} of them", bytes.len())));
         }
-        job.check(bytes).await
+        Ok((job.check(bytes).await?, job))
     }
 }
 

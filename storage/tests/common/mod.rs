@@ -2,6 +2,8 @@
 #![allow(unreachable_pub, reason = "a module of a test has no crate to be seen from")]
 #![allow(dead_code, reason = "each test takes what it needs")]
 
+pub mod clocked;
+
 use std::sync::Arc;
 use std::time::Duration;
 
