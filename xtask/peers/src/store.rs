@@ -6,7 +6,7 @@ mod peak;
 mod state;
 mod ways;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use towline_core::{Error, Result};
@@ -46,7 +46,7 @@ pub(crate) fn command(mut args: Args) -> Result<Value> {
     let (python, script) = (args.path("--python")?, args.path("--script")?);
     args.finish()?;
     let parent = scratch;
-    let scratch = Scratch::new(parent.clone())?;
+    let scratch = Scratch::new(&parent)?;
     let mut rows = Vec::new();
     let mut versions = Value::Null;
     let bytes = {
@@ -68,7 +68,7 @@ pub(crate) fn command(mut args: Args) -> Result<Value> {
     };
     // What the ways have left makes room.
     drop(scratch);
-    let peak = if peak_gib > 0 { peak::measure(&Scratch::new(parent)?.0, peak_gib)? } else { Vec::new() };
+    let peak = if peak_gib > 0 { peak::measure(&Scratch::new(&parent)?.0, peak_gib)? } else { Vec::new() };
     Ok(json!({"bytes": bytes, "tensors": state::TENSORS, "runs": runs, "rows": rows, "peak": peak,
               "versions": versions}))
 }
@@ -105,7 +105,7 @@ fn measure(
 struct Scratch(PathBuf);
 
 impl Scratch {
-    fn new(parent: PathBuf) -> Result<Self> {
+    fn new(parent: &Path) -> Result<Self> {
         let path = parent.join(format!("towline-peers-store-{}", std::process::id()));
         std::fs::create_dir_all(&path).map_err(|error| failed("make the scratch folder", error))?;
         Ok(Self(path))
@@ -129,7 +129,7 @@ mod tests {
 
     #[test]
     fn every_way_is_run_and_loads_what_was_saved() {
-        let dir = Scratch::new(std::env::temp_dir().join("towline-peers-test")).unwrap();
+        let dir = Scratch::new(&std::env::temp_dir().join("towline-peers-test")).unwrap();
         let mut ways = Ways::new(dir.0.clone(), State::new(4).unwrap()).unwrap();
         for group in &GROUPS {
             let rows = measure(group, 2, &mut ways, None).unwrap();

@@ -59,10 +59,8 @@ impl Ways {
     /// Seconds of one run. Loads are checked, outside of the time.
     pub(super) fn run(&mut self, group: &str, way: &str) -> Result<f64> {
         match (group, way) {
-            ("save", "raw") => self.save_file("raw", |state, path| save_raw(state, path)),
-            ("save", "safetensors") => {
-                self.save_file("safetensors", |state, path| save_safetensors(state, path))
-            }
+            ("save", "raw") => self.save_file("raw", save_raw),
+            ("save", "safetensors") => self.save_file("safetensors", save_safetensors),
             ("save", "ours-1") => self.save_ours(1),
             ("save", "ours-2") => self.save_ours(2),
             ("load", way) => self.load(way),
