@@ -39,7 +39,7 @@ use towline_core::testing::laws::store::ALL;
 use towline_core::{ObjectKey, SnapshotStore};
 use towline_storage::{StoreOptions, open};
 
-use bigger::Law;
+use bigger::Checking;
 use under::Under;
 
 const USAGE: &str =
@@ -139,6 +139,9 @@ impl Options {
 fn names() -> impl Iterator<Item = &'static str> {
     ALL.iter().map(|(name, _)| *name).chain(bigger::ALL.iter().map(|(name, _)| *name))
 }
+
+/// A law of the kit or of ours, in one form.
+type Law = Box<dyn Fn(Arc<dyn SnapshotStore>) -> Checking>;
 
 /// A law that was checked: what it found, or what broke.
 struct Checked {
