@@ -224,7 +224,10 @@ fn probe(options: &Options, kind: &str) -> Result<bool, String> {
         let good = found.iter().filter(|operation| operation.kind == kind).count();
         for operation in &found {
             let line = format!("{:<14} {}: {}", operation.name, operation.kind, operation.report);
-            if options.json { eprintln!("{line}") } else { println!("{line}") }
+            // Services answer with whole documents: with --json they stand in the object alone.
+            if !options.json {
+                println!("{line}");
+            }
         }
         if options.json {
             let operations: Vec<Value> = found
