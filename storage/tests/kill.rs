@@ -1,9 +1,12 @@
 //! A process that publishes is killed at every operation on its store in turn. Afterwards every acknowledged
 //! snapshot restores bit for bit, and nothing else is visible but a snapshot whose commit was done and whose
 //! acknowledgement was cut off: it exists from the compare-and-swap of the head on, and restores as well.
+//!
+//! Another one, which also prunes, is killed at random instants: `TOWLINE_KILLS` (default 8) of them.
 #![cfg(all(unix, feature = "local"))]
 
 mod common;
+mod life;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -11,12 +14,14 @@ use std::ops::Range;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use common::{MaskCodec, find, key, name, repo, session, shared, weights};
 use futures_util::TryStreamExt as _;
+use life::place::Place;
+use life::{Life, PRUNE, STEPS};
 use towline_core::testing::XorCodec;
 use towline_core::{
     BoxStream, Codec, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result, SnapshotKind, SnapshotStore,
@@ -26,6 +31,8 @@ use towline_storage::{Local, Publish, SaveTrainState, Writer};
 
 const DIR: &str = "TOWLINE_KILL_DIR";
 const STOP: &str = "TOWLINE_KILL_STOP";
+/// The [`STOP`] of a child that goes through all steps and reports no operations.
+const STEPPING: &str = "steps";
 /// No child lives longer, whatever happens to its parent.
 const LIFE: Duration = Duration::from_secs(60);
 
@@ -73,6 +80,102 @@ fn killed_at_every_operation() {
     assert!(totals["acknowledged"] > 0);
     // Four snapshots, each killed right behind its commit.
     assert_eq!(totals["committed, not acknowledged"], 4, "{totals:?}");
+}
+
+#[test]
+fn killed_at_random_instants() {
+    let started = Instant::now();
+    let count: u64 = std::env::var("TOWLINE_KILLS").map_or(8, |count| count.parse().unwrap());
+    let (span, whole) = stepping(Duration::MAX).1;
+    assert!(whole.pruned && whole.acknowledged.len() + 1 == STEPS.len());
+    let mut totals = BTreeMap::<&str, u64>::new();
+    let mut killed = 0;
+    while killed < count {
+        // Spread over the whole life; a child that ends before its time is another one's turn.
+        let part = (killed as f64 + fraction()) / count as f64;
+        let (dir, (_, life)) = stepping(span.mul_f64(part));
+        let ended = life.acknowledged.len() + 1 == STEPS.len();
+        killed += u64::from(!ended);
+        let found = Place::Local.on_threads(1, async |_| {
+            let store: Arc<dyn SnapshotStore> = Arc::new(Local::open(dir.path()).unwrap());
+            let found = life::recover(&store, &life, None, &Place::Local.pace()).await;
+            let counts = [found.extra, found.swept, found.orphans];
+            life::Totals::from_iter(FOUND.into_iter().zip(counts))
+        });
+        let cut = life.pruning && !life.pruned;
+        let life = [("acknowledged", life.acknowledged.len() as u64), ("died pruning", u64::from(cut))];
+        for (what, count) in found.into_iter().chain(life).chain([("ended before", u64::from(ended))]) {
+            *totals.entry(what).or_default() += count;
+        }
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    totals.insert("kills", killed);
+    let figures =
+        serde_json::json!({"totals": totals, "seconds": seconds, "life in ms": span.as_millis() as u64});
+    println!("crash-matrix: {figures}");
+}
+
+const FOUND: [&str; 3] = ["committed, not acknowledged", "given up before, deleted after", "orphans"];
+
+/// From 0 to 1, other each time.
+fn fraction() -> f64 {
+    use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+    RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64
+}
+
+/// Has a child go through all steps, and kills it `after` its beginning. Returns where it was, how long it lived, and
+/// what it said.
+fn stepping(after: Duration) -> (tempfile::TempDir, (Duration, Life)) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut child = start(dir.path(), STEPPING);
+    let said = lines(&mut child);
+    let (sender, receiver) = mpsc::channel();
+    let reader = std::thread::spawn(move || {
+        let mut lines = said.inspect(|_| {
+            // Nobody waits for more than the first.
+            let _ = sender.send(());
+        });
+        lines.by_ref().collect::<Vec<_>>()
+    });
+    receiver.recv_timeout(LIFE).unwrap();
+    let begun = Instant::now();
+    if after < LIFE {
+        std::thread::sleep(after);
+        child.kill().unwrap();
+    }
+    let status = child.wait().unwrap();
+    let lived = begun.elapsed();
+    let mut life = Life::default();
+    for line in reader.join().unwrap() {
+        match line.split(' ').collect::<Vec<_>>()[..] {
+            ["pruning"] => life.pruning = true,
+            ["pruned"] => life.pruned = true,
+            ["acknowledged", text, identity, digest] => {
+                life.acknowledged.push((text.to_owned(), format!("{identity} {digest}")));
+            }
+            _ => {}
+        }
+    }
+    let killed = std::os::unix::process::ExitStatusExt::signal(&status) == Some(9);
+    assert!(killed || life.acknowledged.len() + 1 == STEPS.len(), "{status}");
+    (dir, (lived, life))
+}
+
+/// What the child does that is killed at a random instant.
+async fn go_through_steps(store: Arc<dyn SnapshotStore>) {
+    say("begun");
+    let repo = life::repo(store);
+    let writer = repo.writer(session(1)).await.unwrap();
+    for text in STEPS {
+        if text == PRUNE {
+            say("pruning");
+            life::prune(&repo).await.unwrap();
+            say("pruned");
+        } else {
+            let id = life::step(&writer, text, 1).await.unwrap();
+            say(&format!("acknowledged {text} {}", life::told(&id)));
+        }
+    }
 }
 
 /// How many operations the whole run takes.
@@ -203,6 +306,9 @@ fn child() {
     });
     let stop = std::env::var(STOP).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    if stop == STEPPING {
+        return runtime.block_on(go_through_steps(Arc::new(Local::open(dir).unwrap())));
+    }
     runtime.block_on(async {
         let store = Counting { inner: Arc::new(Local::open(dir).unwrap()), gate: Arc::new(Gate::new(stop)) };
         let repo = repo(Arc::new(store));

@@ -9,6 +9,7 @@ mod args;
 mod bench;
 mod ci;
 mod corpus;
+mod crash_matrix;
 mod deps;
 mod features;
 mod fuzz;
@@ -93,6 +94,12 @@ const COMMANDS: &[Command] = &[
         run: interop::command,
     },
     Command {
+        name: "crash-matrix",
+        about: "let savers and a server die everywhere, and look at what is left",
+        help: crash_matrix::HELP,
+        run: crash_matrix::command,
+    },
+    Command {
         name: "real-stores",
         about: "check the store laws on real object-store servers",
         help: real_stores::HELP,
@@ -126,7 +133,7 @@ fn main() -> ExitCode {
 fn usage() -> String {
     let mut text = String::from("Usage: cargo xtask <COMMAND> [--json] [--help]\n\nCommands:\n");
     for command in COMMANDS {
-        text.push_str(&format!("  {:<11} {}\n", command.name, command.about));
+        text.push_str(&format!("  {:<12} {}\n", command.name, command.about));
     }
     text.push_str("\nExit: 0 done, 1 failed, 2 wrong use, 3 not possible on this machine");
     text

@@ -3,6 +3,7 @@
 mod kills;
 mod kinds;
 mod report;
+mod running;
 mod server;
 mod tools;
 
@@ -19,6 +20,7 @@ use crate::workspace::Context;
 
 use kinds::{Kind, START};
 use report::{Check, Checked};
+pub(crate) use running::SeaweedFs;
 use server::Launch;
 
 pub(crate) const HELP: &str = "\

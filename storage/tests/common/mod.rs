@@ -4,7 +4,8 @@
 
 pub mod clocked;
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -18,6 +19,12 @@ use towline_storage::{SnapshotInfo, SnapshotRepo, Wanted};
 /// Weights that depend on nothing but `text`: several types, sizes below and above a block of [`XorCodec`], an
 /// empty tensor. A third of them is the same for every text.
 pub fn weights(text: &str) -> Weights {
+    // Tests ask for the same ones again and again.
+    static MADE: Mutex<BTreeMap<String, Weights>> = Mutex::new(BTreeMap::new());
+    MADE.lock().unwrap().entry(text.to_owned()).or_insert_with(|| make_weights(text)).clone()
+}
+
+fn make_weights(text: &str) -> Weights {
     let shapes: [(&str, DType, &[usize]); 9] = [
         ("embed", DType::BF16, &[70, 32]),
         ("empty", DType::F32, &[0, 4]),

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::clocked::Clocked;
 use common::{key, name, noise, session};
@@ -121,6 +121,7 @@ fn op() -> impl Strategy<Value = Op> {
 fn the_repo_and_its_model_agree() {
     let cases = std::env::var("TOWLINE_MODEL_CASES").map_or(64, |cases| cases.parse().unwrap());
     let config = Config { cases, failure_persistence: None, ..Config::default() };
+    let started = Instant::now();
     let counts = std::cell::RefCell::new(BTreeMap::<&str, u64>::new());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let outcome = TestRunner::new(config).run(&prop::collection::vec(op(), OPERATIONS), |ops| {
@@ -130,8 +131,11 @@ fn the_repo_and_its_model_agree() {
         Ok(())
     });
     let counts = counts.into_inner();
-    println!("{cases} cases: {counts:?}");
+    let seconds = started.elapsed().as_secs_f64();
+    let figures = serde_json::json!({"cases": cases, "totals": counts, "seconds": seconds});
+    println!("{figures}");
     outcome.unwrap();
+    println!("crash-matrix: {figures}");
     if cases >= 64 {
         for what in ["given up", "deleted", "fenced", "orphans", "committed by ranks", "read when given up"] {
             assert!(counts.get(what) > Some(&5), "{what}: {counts:?}");

@@ -1,0 +1,194 @@
+//! `crash-matrix`: processes that save and prune die everywhere, on every kind of store; a server is killed under them.
+//! The work is done by programs of `towline-storage`; here they are run, and their figures put into a table.
+
+mod report;
+mod server;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::args::Args;
+use crate::bench::section;
+use crate::real_stores::SeaweedFs;
+use crate::run::Job;
+use crate::stop::{Result, Stop};
+use crate::workspace::Context;
+
+use report::Row;
+
+pub(crate) const HELP: &str = "\
+Lets processes that save and prune die everywhere, and looks at what they left: simulated at every operation with
+faults on top (in memory, on a folder, on SeaweedFS), killed by SIGKILL at random instants, and SeaweedFS itself killed
+under a client. Then a model of the repo is compared with it. What was acknowledged must be there, nothing partial may
+be visible, and pruning must not delete what something live needs; the first breach ends with 1 and names its seed.
+
+Usage: cargo xtask crash-matrix [--quick] [--only PART,…] [--write] [--json]
+
+  --quick   a few seeds, without a server, in a debug build: 2 minutes at most once it is built
+  --only    of simulated, local, s3, sigkill, server, model
+  --write   put the table into docs/crash-matrix.md; needs all parts
+
+Example: cargo xtask crash-matrix --only simulated,local";
+
+const PARTS: [&str; 6] = ["simulated", "local", "s3", "sigkill", "server", "model"];
+/// What programs print before their figures.
+const MARK: &str = "crash-matrix: ";
+
+/// How much is run.
+#[derive(Debug)]
+struct Plan {
+    quick: bool,
+    parts: Vec<&'static str>,
+}
+
+impl Plan {
+    /// Seeds, and the stride over crash points.
+    fn seeds(&self, part: &str) -> (u64, u64) {
+        match (part, self.quick) {
+            // All points of all seeds would take an hour; so each seed has every 21st, and each point 47 seeds.
+            ("simulated", false) => (1000, 21),
+            ("simulated", true) => (126, 21),
+            ("local", false) => (20, 1),
+            ("local", true) => (2, 21),
+            _ => (5, 1),
+        }
+    }
+
+    fn kills(&self) -> u64 {
+        if self.quick { 10 } else { 200 }
+    }
+
+    fn cases(&self) -> u64 {
+        if self.quick { 64 } else { 2000 }
+    }
+}
+
+pub(crate) fn command(context: &Context, mut args: Args) -> Result<()> {
+    let quick = args.flag("--quick");
+    let write = args.flag("--write");
+    let only = args.list("--only")?;
+    args.finish()?;
+    if let Some(unknown) = only.iter().find(|name| !PARTS.contains(&name.as_str())) {
+        return Err(Stop::Usage(format!("no part `{unknown}` (see --help)")));
+    }
+    let mut parts = PARTS.to_vec();
+    parts.retain(|part| match only.is_empty() {
+        true => !quick || !["s3", "server"].contains(part),
+        false => only.iter().any(|name| name == part),
+    });
+    let plan = Plan { quick, parts };
+    if write && (quick || plan.parts.len() < PARTS.len()) {
+        return Err(Stop::Usage("`--write` wants all parts: leave out --quick and --only".to_owned()));
+    }
+    let rows = run(context, &plan)?;
+    let text = report::markdown(&rows);
+    context.say(format!("\n{text}"));
+    context.emit(&json!(rows.iter().map(Row::to_json).collect::<Vec<_>>()));
+    if write {
+        let path = context.root.join("docs/crash-matrix.md");
+        section::write(&path, "crash-matrix", &text)?;
+    }
+    Ok(())
+}
+
+/// All wanted parts, in order. The first breach ends it.
+fn run(context: &Context, plan: &Plan) -> Result<Vec<Row>> {
+    let wants = |part: &str| plan.parts.contains(&part);
+    // First what may be missing here.
+    let data = context.target()?.join("crash-matrix");
+    let mut server =
+        (wants("s3") || wants("server")).then(|| SeaweedFs::start(context, &data)).transpose()?;
+    let program = program(context, plan)?;
+    let mut rows = Vec::new();
+    for part in &plan.parts {
+        context.say(format!("\n==> {part}"));
+        let figures = match (*part, &mut server) {
+            ("sigkill", _) => {
+                let kills = plan.kills().to_string();
+                test(context, "kill", "killed_at_random_instants", "TOWLINE_KILLS", &kills)
+            }
+            ("model", _) => {
+                let cases = plan.cases().to_string();
+                test(context, "model", "the_repo_and_its_model_agree", "TOWLINE_MODEL_CASES", &cases)
+            }
+            ("server", Some(server)) => server::kills(context, &program, server),
+            (_, server) => {
+                let place = match *part {
+                    "simulated" => "memory".to_owned(),
+                    "local" => "local".to_owned(),
+                    _ => format!("{}/points", SeaweedFs::url()),
+                };
+                let (seeds, stride) = plan.seeds(part);
+                let job = context.job(&program).args(&[
+                    &place,
+                    "--seeds",
+                    &seeds.to_string(),
+                    "--stride",
+                    &stride.to_string(),
+                ]);
+                let job = match server {
+                    Some(server) if *part == "s3" => server.client(job),
+                    _ => job,
+                };
+                figures(job.deadline(Duration::from_secs(3 * 3600)))
+            }
+        };
+        let figures = figures.map_err(|stop| match &server {
+            Some(server) => stop.context(&format!("{part}, while the server said:\n{}\n", server.said())),
+            None => stop.context(part),
+        })?;
+        context.say(format!("{figures}"));
+        rows.push(Row::new(part, figures));
+    }
+    if let Some(server) = &mut server
+        && !server.runs()
+    {
+        return Err(Stop::failed(format!("the server ended by itself; it said:\n{}", server.said())));
+    }
+    Ok(rows)
+}
+
+/// Builds the program that lives and dies.
+fn program(context: &Context, plan: &Plan) -> Result<PathBuf> {
+    context.say("building the example crash_matrix");
+    let mut arguments = vec!["build", "-p", "towline-storage", "--example", "crash_matrix"];
+    if !plan.quick {
+        arguments.push("--release");
+    }
+    context.cargo(&arguments).deadline(Duration::from_secs(40 * 60)).run()?;
+    let profile = if plan.quick { "debug" } else { "release" };
+    let name = format!("{profile}/examples/crash_matrix{}", std::env::consts::EXE_SUFFIX);
+    Ok(context.target()?.join(name))
+}
+
+/// One test, and the figures that it prints.
+fn test(context: &Context, file: &str, name: &str, variable: &str, value: &str) -> Result<Value> {
+    let arguments = ["test", "-p", "towline-storage", "--test", file, "--", "--exact", name, "--nocapture"];
+    figures(context.cargo(&arguments).env(variable, value).deadline(Duration::from_secs(3600)))
+}
+
+/// What `job` prints behind the mark, if it ends well.
+fn figures(job: Job) -> Result<Value> {
+    marked(&job.output()?)
+}
+
+fn marked(printed: &str) -> Result<Value> {
+    let found = printed.lines().filter_map(|line| line.split_once(MARK)).next_back();
+    let parsed = found.and_then(|(_, figures)| serde_json::from_str(figures).ok());
+    parsed.ok_or_else(|| Stop::failed(format!("no line with `{MARK}` and figures; printed was:\n{printed}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_found_behind_what_a_test_runner_prints() {
+        let printed = "running 1 test\ntest x ... crash-matrix: {\"kills\":3}\nok\n";
+        assert_eq!(marked(printed).unwrap()["kills"], 3);
+        assert!(marked("test result: ok").is_err());
+        assert!(marked("crash-matrix: nothing").is_err());
+    }
+}
