@@ -524,7 +524,7 @@ impl<'a> Run<'a> {
         let complete = begun.receipts.len() == 2;
         let fenced = begun.writer + 1 < self.sessions.len();
         let session = self.sessions[begun.writer];
-        let receipts: Vec<_> = begun.receipts.values().cloned().filter(|_| with_receipts).collect();
+        let receipts: Vec<_> = begun.receipts.values().filter(|_| with_receipts).cloned().collect();
         let outcome = save.commit(&receipts, Duration::ZERO).await;
         let taken = self.model.taken(true, &format!("n{}", what.name), session);
         let pending = self.model.pending.contains_key(&seq);
