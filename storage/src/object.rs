@@ -50,7 +50,9 @@ impl ObjectAdapter {
             clip(key, Some(range), self.head(key).await?.size)?;
             return Ok(Bytes::new());
         }
-        let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
+        // Servers read the numbers as signed ones, and refuse those that do not fit.
+        let asked = range.start..range.end.min(i64::MAX as u64);
+        let options = GetOptions { range: Some(GetRange::Bounded(asked)), ..GetOptions::default() };
         match self.inner.get_opts(&path(key)?, options).await {
             Ok(found) if found.range.start != range.start => Err(Error::internal(format!(
                 "`{key}`: wanted bytes from {}, the store answered with {:?}",
@@ -275,7 +277,11 @@ fn put_version(put: &PutResult) -> Version {
 
 /// Both texts are kept, the second behind a line break that no ETag has: some stores compare one, some the other.
 fn version(e_tag: Option<&str>, version: Option<&str>) -> Version {
+    // A bucket without versions says so, and of uploads in parts alone.
+    let version = version.filter(|version| *version != "null");
     match (e_tag, version) {
+        // Azure's lists leave the quotes out that all its other answers have.
+        (Some(e_tag), None) if e_tag.starts_with("0x") => Version::new(format!("\"{e_tag}\"")),
         (Some(e_tag), None) => Version::new(e_tag),
         (e_tag, version) => {
             Version::new(format!("{}\n{}", e_tag.unwrap_or_default(), version.unwrap_or_default()))
@@ -308,7 +314,10 @@ fn failed(error: Theirs, key: &impl Display, what: &str) -> Error {
         (ErrorKind::Conflict, None)
     } else if says(&error, &["RequestTimeTooSkewed"]) {
         (ErrorKind::Denied, Some("set this machine's clock"))
-    } else if matches!(error, Theirs::PermissionDenied { .. } | Theirs::Unauthenticated { .. }) {
+    } else if matches!(error, Theirs::PermissionDenied { .. } | Theirs::Unauthenticated { .. })
+        // A list that is refused has no kind of its own.
+        || says(&error, &["status code: 401", "status code: 403"])
+    {
         (ErrorKind::Denied, Some("check the credentials and what they may do"))
     } else if matches!(error, Theirs::NotSupported { .. } | Theirs::NotImplemented { .. }) {
         (ErrorKind::Unsupported, None)

@@ -45,7 +45,7 @@ async fn conditions_that_do_not_hold_are_found() {
     }
 }
 
-fn law(name: &str) -> fn(Arc<dyn SnapshotStore>) -> bigger::Checking {
+fn law(name: &str) -> bigger::Law {
     bigger::ALL.iter().find(|(known, _)| *known == name).unwrap().1
 }
 

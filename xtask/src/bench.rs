@@ -1,9 +1,11 @@
-//! `bench`: size, speed and memory of the codecs beside those of others, and memory on a model of several GiB.
+//! `bench`: size, speed and memory of the codecs beside those of others, memory on a model of several GiB, and
+//! the store beside other ways to keep a train state.
 
 mod memory;
 mod pairs;
 mod report;
 pub(crate) mod section;
+mod store;
 mod tables;
 
 use std::path::{Path, PathBuf};
@@ -27,6 +29,7 @@ PASS or FAIL: whether our best codec is smaller than every other in every row.
 Usage: cargo xtask bench [codec] [--quick] [--pairs A,B] [--codecs A,B] [--threads 1,2] [--runs N] [--python]
                          [--fixtures DIR] [--corpus DIR] [--out FILE] [--check] [--json]
        cargo xtask bench memory [--codec ID] [--threads 1,2] [--gib N] [--out FILE] [--check] [--json]
+       cargo xtask bench store [--mib N] [--runs N] [--peak-gib N] [--python] [--out FILE] [--check] [--json]
 
   --quick         3 runs, of our best codec, pcodec and zstd alone
   --pairs A,B     the pairs whose names contain one of these; all by default
@@ -39,6 +42,8 @@ Usage: cargo xtask bench [codec] [--quick] [--pairs A,B] [--codecs A,B] [--threa
   --out FILE      write the tables into a file: between its marks, or behind what it holds
   --check         exit with 1 on FAIL
   --gib N         how large the made-up model of `bench memory` is; 4 by default, which takes 9 GiB of memory
+  --mib N         how large the train state of `bench store` is; 1024 by default, which takes 8 GiB of memory and disk
+  --peak-gib N    measures the memory of a save and a load of so many GiB too, which take as much disk; 0 by default
 
 Example: cargo xtask bench codec --python --out docs/benchmarks.md";
 
@@ -52,7 +57,10 @@ pub(crate) fn command(context: &Context, mut args: Args) -> Result<()> {
     match args.positional().as_deref() {
         None | Some("codec") => codec(context, args),
         Some("memory") => memory::command(context, args),
-        Some(other) => Err(Stop::Usage(format!("no benchmark `{other}`: there are `codec` and `memory`"))),
+        Some("store") => store::command(context, args),
+        Some(other) => {
+            Err(Stop::Usage(format!("no benchmark `{other}`: there are `codec`, `memory` and `store`")))
+        }
     }
 }
 

@@ -83,8 +83,17 @@ impl Python {
 
     /// A script of ours with arguments.
     pub(crate) fn script(&self, context: &Context, name: &str) -> Job {
-        let path = self.scripts.join(name);
-        self.run(context, "-B", &[path.as_path()])
+        self.run(context, "-B", &[self.path(name).as_path()])
+    }
+
+    /// Where a script of ours is.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.scripts.join(name)
+    }
+
+    /// The program that runs scripts, for a process of ours that starts them itself.
+    pub(crate) fn interpreter(&self) -> &Path {
+        &self.interpreter
     }
 
     fn run(&self, context: &Context, flag: &str, arguments: &[&Path]) -> Job {

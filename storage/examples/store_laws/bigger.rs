@@ -22,10 +22,10 @@ pub(crate) type Outcome = Result<String, String>;
 /// A law under way.
 pub(crate) type Checking = Pin<Box<dyn Future<Output = Outcome>>>;
 /// A law.
-pub(crate) type Law = Box<dyn Fn(Arc<dyn SnapshotStore>) -> Checking>;
+pub(crate) type Law = fn(Arc<dyn SnapshotStore>) -> Checking;
 
 /// Every law with its name.
-pub(crate) const ALL: &[(&str, fn(Arc<dyn SnapshotStore>) -> Checking)] = &[
+pub(crate) const ALL: &[(&str, Law)] = &[
     ("create_race_of_64", |store| Box::pin(create_race_of_64(store))),
     ("counter_of_8", |store| Box::pin(counter_of_8(store))),
     ("pages_of_2500", |store| Box::pin(pages_of_2500(store))),

@@ -140,8 +140,9 @@ pub(super) async fn write_files(ops: &Ops, folder: &ObjectKey, work: Work) -> Re
 
 enum Event {
     Begin(String),
+    /// 1 MiB of the file; the last one may be shorter.
     Block(Bytes),
-    End { bytes: u64, digest: TensorDigest },
+    End,
 }
 
 async fn receive_all(ops: &Ops, folder: &ObjectKey, events: &mut Receiver<Event>) -> Result<Vec<FileEntry>> {
@@ -150,10 +151,16 @@ async fn receive_all(ops: &Ops, folder: &ObjectKey, events: &mut Receiver<Event>
         let Event::Begin(path) = event else { return Err(out_of_order()) };
         let key = folder.join(&path)?;
         let mut writer = ops.writer(&key).await?;
+        // The file's digest is taken here, beside the thread that encodes.
+        let (mut bytes, mut digests) = (0, Vec::new());
         loop {
             match events.recv().await {
-                Some(Event::Block(block)) => ops.within(&key, writer.write(block)).await?,
-                Some(Event::End { bytes, digest }) => {
+                Some(Event::Block(block)) => {
+                    bytes += block.len() as u64;
+                    digests.push(block_digest(&block));
+                    ops.within(&key, writer.write(block)).await?;
+                }
+                Some(Event::End) => {
                     if let Err(error) = ops.within(&key, writer.finish()).await {
                         // The answer alone may be lost. Nobody else writes under this name, and what is there is whole.
                         let landed = ops.head(&key).await.is_ok_and(|found| found.size == bytes);
@@ -161,7 +168,7 @@ async fn receive_all(ops: &Ops, folder: &ObjectKey, events: &mut Receiver<Event>
                             return Err(error);
                         }
                     }
-                    files.push(FileEntry::new(path, bytes, digest, true));
+                    files.push(FileEntry::new(path, bytes, TensorDigest::of_blocks(digests), true));
                     break;
                 }
                 Some(Event::Begin(_)) => return Err(out_of_order()),
@@ -209,7 +216,8 @@ fn encode_all(work: &Work, events: &Sender<Event>) -> Result<Encoded> {
     Ok((tensors, summary, places))
 }
 
-/// One plain safetensors file. Tensors above `window` bytes are read in parts of as many.
+/// One plain safetensors file. Tensors above half of `window` are read in parts of as many bytes: one is on its way to
+/// the store while the next is read.
 fn write_plain(
     out: &mut Blocks<'_>,
     source: &dyn TensorSource,
@@ -221,7 +229,7 @@ fn write_plain(
     let metas: Vec<_> = order.iter().filter_map(|&index| tensors.get(index).cloned()).collect();
     let header = Header::encode(&metas, &plain_metadata())?;
     write(out, &header)?;
-    let part = (window / DIGEST_BLOCK).max(1) * DIGEST_BLOCK;
+    let part = (window / 2 / DIGEST_BLOCK).max(1) * DIGEST_BLOCK;
     let mut start = header.len() as u64;
     let mut found: Vec<_> = tensors.iter().map(|_| Place { start: 0, blocks: Vec::new() }).collect();
     for (index, meta) in order.into_iter().zip(&metas) {
@@ -242,7 +250,7 @@ fn write_plain(
                 )));
             }
             blocks.extend(data.chunks(DIGEST_BLOCK).map(block_digest));
-            write(out, &data)?;
+            out.push(data)?;
         }
         if let Some(place) = found.get_mut(index) {
             *place = Place { start, blocks };
@@ -291,23 +299,31 @@ impl TensorSource for Part<'_> {
     }
 }
 
-/// Cuts what is written into blocks, digests them, and sends them on.
+/// Cuts what is written into blocks, and sends them on.
 struct Blocks<'a> {
     events: &'a Sender<Event>,
     buffer: BytesMut,
-    digests: Vec<u128>,
-    bytes: u64,
 }
 
 impl<'a> Blocks<'a> {
     fn new(events: &'a Sender<Event>) -> Self {
-        Self { events, buffer: BytesMut::new(), digests: Vec::new(), bytes: 0 }
+        Self { events, buffer: BytesMut::new() }
+    }
+
+    /// As `write_all`, but whole blocks are sent on without a copy.
+    fn push(&mut self, mut data: Bytes) -> Result<()> {
+        if !self.buffer.is_empty() {
+            let space = DIGEST_BLOCK - self.buffer.len();
+            write(self, &data.split_to(space.min(data.len())))?;
+        }
+        while data.len() >= DIGEST_BLOCK {
+            send(self.events, Event::Block(data.split_to(DIGEST_BLOCK)))?;
+        }
+        write(self, &data)
     }
 
     fn flush_block(&mut self) -> Result<()> {
         let block = std::mem::replace(&mut self.buffer, BytesMut::with_capacity(DIGEST_BLOCK)).freeze();
-        self.bytes += block.len() as u64;
-        self.digests.push(block_digest(&block));
         send(self.events, Event::Block(block))
     }
 
@@ -315,8 +331,7 @@ impl<'a> Blocks<'a> {
         if !self.buffer.is_empty() {
             self.flush_block()?;
         }
-        let digest = TensorDigest::of_blocks(self.digests);
-        send(self.events, Event::End { bytes: self.bytes, digest })
+        send(self.events, Event::End)
     }
 }
 

@@ -81,7 +81,7 @@ impl SnapshotRepo {
         }
     }
 
-    /// Sets the threads and the window of tensors in work. Default: one thread, 64 MiB.
+    /// Sets the threads and the window of tensors in work. Default: one thread, 32 MiB.
     #[must_use]
     pub fn with_limits(mut self, limits: Limits) -> Self {
         self.limits = limits;

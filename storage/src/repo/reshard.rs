@@ -279,6 +279,11 @@ impl Job<'_> {
         }
     }
 
+    /// Whether what is at `from` in the box and goes to `to` goes on where its last piece ends.
+    fn continues(&self, from: usize, to: usize) -> bool {
+        self.pieces.last().is_some_and(|last| last.from.end == from && last.to + last.from.len() == to)
+    }
+
     /// Checks what was read.
     async fn check<B: AsRef<[u8]> + Send + 'static>(&self, bytes: B) -> Result<B> {
         let (blocks, range, digest) =
@@ -308,8 +313,12 @@ fn plan<'a>(part: &'a Part, pieces: &[Piece], jobs: &mut Vec<Job<'a>>) {
             let block = start / DIGEST_BLOCK;
             let end = piece.from.end.min((block + 1) * DIGEST_BLOCK);
             let to = piece.to + (start - piece.from.start);
+            let whole = end - start == DIGEST_BLOCK || start % DIGEST_BLOCK == 0 && end == part.length;
             let fits = open.as_ref().is_some_and(|job| {
-                block + 1 == job.blocks.end || block == job.blocks.end && job.blocks.len() < READ_BLOCKS
+                // Where a run of whole blocks begins or ends, so does a read: it goes straight to its place.
+                let apart = job.continues(start, to) && whole != job.direct().is_some();
+                block + 1 == job.blocks.end
+                    || block == job.blocks.end && job.blocks.len() < READ_BLOCKS && !apart
             });
             if !fits {
                 jobs.extend(open.take());

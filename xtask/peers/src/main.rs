@@ -1,5 +1,6 @@
 //! Measures Towline's codecs and those of others on the same buffers in the same run: size, speed, memory, and how
-//! far each is from the entropy floor, from a bare scan and from a copy. `cargo xtask bench` builds and runs it.
+//! far each is from the entropy floor, from a bare scan and from a copy; and its store beside other ways to keep a train
+//! state. `cargo xtask bench` builds and runs it.
 //!
 //! Every codec runs in processes of its own, one that encodes and one that decodes, so that memory which one has
 //! freed does not hide what the next one takes. It prints JSON.
@@ -18,6 +19,7 @@ mod memory;
 mod ours;
 mod peers;
 mod physics;
+mod store;
 mod system;
 #[cfg(test)]
 mod testing;
@@ -36,6 +38,7 @@ Measures the codecs of Towline and of others on one pair of checkpoints, or on o
 Usage:
   towline-peers codec (--parent A --current B | --base FILE) [--codecs X,Y] [--threads 1,2] [--runs 5] [--scratch DIR]
   towline-peers memory [--codec octave] [--threads 1,2] [--gib 4] [--scratch DIR]
+  towline-peers store [--mib 1024] [--runs 5] [--peak-gib 0] [--python FILE --script FILE] [--scratch DIR]
   towline-peers next --parent A --delta D --out B      applies a delta in the safetensors form of the arc formats
   towline-peers list                                   the codecs";
 
@@ -64,13 +67,16 @@ fn run() -> Result<Value> {
     match args.word().as_deref() {
         Some("codec") => compare::command(args),
         Some("memory") => memory::command(args),
+        Some("store") => store::command(args),
         Some("next") => files::next(args),
         Some("list") => Ok(compare::list()),
-        // The processes that `codec` and `memory` start.
+        // The processes that `codec`, `memory` and `store` start.
         Some("encode-one") => measure::encode(args),
         Some("decode-one") => measure::decode(args),
         Some("memory-encode") => memory::encode(args),
         Some("memory-decode") => memory::decode(args),
+        Some("store-peak-save") => store::peak_save(args),
+        Some("store-peak-load") => store::peak_load(args),
         other => Err(Error::invalid(format!("no command {}", other.unwrap_or("was given"))).with_help(HELP)),
     }
 }
