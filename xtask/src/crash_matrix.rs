@@ -4,16 +4,16 @@
 mod report;
 mod server;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::args::Args;
 use crate::bench::section;
 use crate::real_stores::SeaweedFs;
 use crate::run::Job;
-use crate::stop::{Result, Stop};
+use crate::stop::{Result, Stop, file_error};
 use crate::workspace::Context;
 
 use report::Row;
@@ -28,7 +28,7 @@ Usage: cargo xtask crash-matrix [--quick] [--only PART,…] [--write] [--json]
 
   --quick   a few seeds, without a server, in a debug build: 2 minutes at most once it is built
   --only    of simulated, local, s3, sigkill, server, model
-  --write   put the table into docs/crash-matrix.md; needs all parts
+  --write   put the table into docs/crash-matrix.md; parts that are left out by --only are taken from the last run
 
 Example: cargo xtask crash-matrix --only simulated,local";
 
@@ -79,18 +79,47 @@ pub(crate) fn command(context: &Context, mut args: Args) -> Result<()> {
         false => only.iter().any(|name| name == part),
     });
     let plan = Plan { quick, parts };
-    if write && (quick || plan.parts.len() < PARTS.len()) {
-        return Err(Stop::Usage("`--write` wants all parts: leave out --quick and --only".to_owned()));
+    if write && quick {
+        return Err(Stop::Usage("`--write` wants whole runs: leave out --quick".to_owned()));
     }
-    let rows = run(context, &plan)?;
-    let text = report::markdown(&rows);
-    context.say(format!("\n{text}"));
-    context.emit(&json!(rows.iter().map(Row::to_json).collect::<Vec<_>>()));
+    let mut rows = run(context, &plan)?;
     if write {
+        let kept = kept(&kept_at(context)?)?;
+        rows = PARTS
+            .iter()
+            .map(|part| {
+                let figures = kept.get(*part).ok_or_else(|| {
+                    Stop::failed(format!("no run of `{part}` is kept (help: run it, or leave out --only)"))
+                })?;
+                Ok(Row::new(part, figures.clone()))
+            })
+            .collect::<Result<_>>()?;
         let path = context.root.join("docs/crash-matrix.md");
-        section::write(&path, "crash-matrix", &text)?;
+        section::write(&path, "crash-matrix", &report::markdown(&rows))?;
     }
+    context.say(format!("\n{}", report::markdown(&rows)));
+    context.emit(&json!(rows.iter().map(Row::to_json).collect::<Vec<_>>()));
     Ok(())
+}
+
+/// Where the figures of whole runs are kept: all parts together take longer than one sitting.
+fn kept_at(context: &Context) -> Result<PathBuf> {
+    Ok(context.target()?.join("crash-matrix.json"))
+}
+
+fn kept(path: &Path) -> Result<Map<String, Value>> {
+    match std::fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes)
+            .map_err(|error| Stop::failed(format!("`{}`: {error} (help: delete it)", path.display()))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Map::new()),
+        Err(error) => Err(file_error("read", path)(error)),
+    }
+}
+
+fn keep(path: &Path, part: &str, figures: &Value) -> Result<()> {
+    let mut all = kept(path)?;
+    all.insert(part.to_owned(), figures.clone());
+    std::fs::write(path, format!("{:#}\n", Value::from(all))).map_err(file_error("write", path))
 }
 
 /// All wanted parts, in order. The first breach ends it.
@@ -140,6 +169,9 @@ fn run(context: &Context, plan: &Plan) -> Result<Vec<Row>> {
             None => stop.context(part),
         })?;
         context.say(format!("{figures}"));
+        if !plan.quick {
+            keep(&kept_at(context)?, part, &figures)?;
+        }
         rows.push(Row::new(part, figures));
     }
     if let Some(server) = &mut server
@@ -183,6 +215,17 @@ fn marked(printed: &str) -> Result<Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn figures_of_parts_are_kept_beside_each_other() {
+        let path = std::env::temp_dir().join(format!("towline-crash-matrix-{}", std::process::id()));
+        for (part, count) in [("a", 1), ("b", 2), ("a", 3)] {
+            keep(&path, part, &json!({"kills": count})).unwrap();
+        }
+        assert_eq!(Value::from(kept(&path).unwrap()), json!({"a": {"kills": 3}, "b": {"kills": 2}}));
+        std::fs::remove_file(&path).unwrap();
+        assert!(kept(&path).unwrap().is_empty());
+    }
 
     #[test]
     fn figures_are_found_behind_what_a_test_runner_prints() {

@@ -18,6 +18,7 @@ mod server;
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use life::among_faults;
@@ -87,8 +88,13 @@ fn matrix(wanted: &Wanted) -> Value {
         })
         .collect();
     let deaths = Mutex::new(BTreeMap::<u64, u64>::new());
+    let (begun, tenth) = (AtomicUsize::new(0), cases.len().div_ceil(10));
     let totals = place.on_threads(cases.len() as u64, async |number| {
         let (seed, point) = cases[number as usize];
+        let begun = begun.fetch_add(1, Ordering::Relaxed);
+        if begun > 0 && begun.is_multiple_of(tenth) {
+            eprintln!("{begun} of {} lives, {:.0} s", cases.len(), started.elapsed().as_secs_f64());
+        }
         let (store, _folder) = place.open(number);
         let totals = among_faults(store, seed, point, &pace).await;
         *deaths.lock().unwrap().entry(point).or_default() += totals["died"];
