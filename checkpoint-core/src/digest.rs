@@ -57,17 +57,24 @@ pub fn block_digest(block: &[u8]) -> u128 {
     XxHash3_128::oneshot(block)
 }
 
-/// Block digests of bytes that come in pieces.
+/// Takes the [`block_digest`] of each block of bytes that come in pieces, of any lengths.
 #[derive(Default)]
-pub(crate) struct BlockHasher {
+pub struct BlockHasher {
     done: Vec<u128>,
     open: XxHash3_128,
     /// Bytes in `open`, at most [`DIGEST_BLOCK`].
     filled: usize,
 }
 
+impl fmt::Debug for BlockHasher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BlockHasher").field("blocks", &self.done.len()).finish_non_exhaustive()
+    }
+}
+
 impl BlockHasher {
-    pub(crate) fn update(&mut self, mut bytes: &[u8]) {
+    /// Goes on with `bytes`.
+    pub fn update(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             if self.filled == DIGEST_BLOCK {
                 self.close();
@@ -85,7 +92,8 @@ impl BlockHasher {
     }
 
     /// The digest of each block, in order.
-    pub(crate) fn finish(mut self) -> Vec<u128> {
+    #[must_use]
+    pub fn finish(mut self) -> Vec<u128> {
         if self.filled > 0 {
             self.close();
         }

@@ -82,8 +82,9 @@ text_id! {
 }
 
 text_id! {
-    /// The durable name of a training job: one DNS label, 1–63 of `a-z 0-9 -`, no hyphen at an end.
-    JobId, |text| label("job id", text, 63)
+    /// The durable name of a training job: one DNS label, 1–63 of `a-z 0-9 -`, no hyphen at an end, and not `models`,
+    /// where the models lie that were promoted.
+    JobId, |text| job(text)
 }
 
 text_id! {
@@ -218,6 +219,17 @@ impl CodecId {
             Err(error) => panic!("{error}"),
         }
     }
+}
+
+/// The folder of promoted models below the root of a store, beside those of jobs.
+pub const MODELS: &str = "models";
+
+fn job(text: &str) -> Result<()> {
+    if text == MODELS {
+        return Err(Error::invalid(format!("`{MODELS}` is no job id: promoted models lie there"))
+            .with_help("choose another name for the job"));
+    }
+    label("job id", text, 63)
 }
 
 fn label(what: &str, text: &str, max: usize) -> Result<()> {

@@ -12,6 +12,7 @@
 //!
 //! The kits are behind the feature `testing`.
 
+mod catalog;
 mod chain;
 mod codec;
 mod deployment;
@@ -37,13 +38,16 @@ pub use async_trait::async_trait;
 pub use bytes;
 pub use futures_core::stream::BoxStream;
 
+pub use catalog::{
+    CheckpointCatalog, CheckpointClass, CheckpointInfo, CheckpointPage, ModelKind, PromotedModel,
+};
 pub use chain::{Chain, ChainSettings, LoadPlan, Reason, SavePlan};
 pub use codec::{Codec, Framing, Mode, Modes, Unit, UnitMeta};
 pub use deployment::{Capabilities, Deployment, DeploymentStatus, HotLoad, Outcome, ReplicaStatus, Stage};
-pub use digest::{ContentDigest, DIGEST_BLOCK, ManifestDigest, TensorDigest, block_digest};
+pub use digest::{BlockHasher, ContentDigest, DIGEST_BLOCK, ManifestDigest, TensorDigest, block_digest};
 pub use dtype::DType;
 pub use error::{Error, ErrorKind, Result};
-pub use id::{CodecId, JobId, ModelId, OpId, SessionId, SnapshotIdentity, SnapshotName, WriteId};
+pub use id::{CodecId, JobId, MODELS, ModelId, OpId, SessionId, SnapshotIdentity, SnapshotName, WriteId};
 pub use manifest::{
     BaseRef, FileEntry, MANIFEST_VERSION, MAX_MANIFEST, Manifest, ManifestHead, ParentRef, TensorEntry,
 };
@@ -52,10 +56,10 @@ pub use reference::{CheckpointRef, TinkerKind};
 pub use secret::Secret;
 pub use snapshot::{CheckpointType, SnapshotId, SnapshotKind, SnapshotRef};
 pub use store::{
-    ObjectInfo, ObjectKey, ObjectWriter, PutMode, SnapshotStore, Version, buffered_writer, listing,
+    Digested, ObjectInfo, ObjectKey, ObjectWriter, PutMode, SnapshotStore, Version, buffered_writer, listing,
 };
 pub use tensor::{TensorMeta, TensorSource, Weights, position, same_tensors};
 pub use training::{
-    AdamParams, Batch, Datum, DeltaParents, ExportRequest, ForwardBackward, Loss, OptimStep, SaveState,
+    AdamParams, Batch, Datum, DeltaParents, ExportRequest, ForwardBackward, LOOP, Loss, OptimStep, SaveState,
     SaveWeights, SavedWeights, SnapshotExporter, StateRef, TrainingClient,
 };

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    CodecId, ContentDigest, DType, Error, JobId, ManifestDigest, Result, SessionId, SnapshotId,
+    CodecId, ContentDigest, DType, Error, JobId, ManifestDigest, ObjectKey, Result, SessionId, SnapshotId,
     SnapshotIdentity, SnapshotKind, SnapshotName, TensorDigest, TensorMeta, WriteId,
 };
 
@@ -124,12 +124,22 @@ pub struct FileEntry {
     pub digest: TensorDigest,
     /// Whether it holds tensors; the others are passed through (`config.json`, tokenizer files).
     pub weights: bool,
+    /// For a file of another train state, which is referred to: that one's folder, below the job's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dir: Option<ObjectKey>,
 }
 
 impl FileEntry {
-    /// All fields.
+    /// A file in the snapshot's own folder.
     pub fn new(path: impl Into<String>, bytes: u64, digest: TensorDigest, weights: bool) -> Self {
-        Self { path: path.into(), bytes, digest, weights }
+        Self { path: path.into(), bytes, digest, weights, dir: None }
+    }
+
+    /// Says in which other train state's folder it lies.
+    #[must_use]
+    pub fn with_dir(mut self, dir: ObjectKey) -> Self {
+        self.dir = Some(dir);
+        self
     }
 }
 
@@ -293,7 +303,7 @@ impl Manifest {
             return Err(format!("tensor `{}` lies in file {} of {}", tensor.name, tensor.file, files.len()));
         }
         for file in files {
-            if crate::ObjectKey::new(file.path.as_str()).is_err() {
+            if ObjectKey::new(file.path.as_str()).is_err() {
                 return Err(format!("{} is no path of a file", crate::id::shown(&file.path)));
             }
         }

@@ -4,14 +4,14 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::id::shown;
-use crate::{Error, JobId, Result, SnapshotIdentity};
+use crate::{Error, JobId, ModelId, Result, SnapshotIdentity};
 
 /// Where a checkpoint is: a name of this job, a name of another job, or a path that a training service gave out.
 ///
 /// | written | meaning |
 /// |---|---|
 /// | `step-40`, `step-40-00ab12cd` | a name or identity of the job in work |
-/// | `cross_job://other/step-40` | a name of job `other` |
+/// | `cross_job://other/step-40`, `other:step-40` | a name of job `other` |
 /// | `<account>/run-<32 hex>/<name>` | a run-qualified path of a hosted service |
 /// | `tinker://<run>/<weights \| sampler_weights \| external_weights>/<name>` | a Tinker path |
 ///
@@ -76,7 +76,7 @@ impl FromStr for CheckpointRef {
     fn from_str(text: &str) -> Result<Self> {
         let bad = |why: &str| {
             Error::invalid(format!("{} is no checkpoint reference: {why}", shown(text))).with_help(
-                "use `<name>`, `cross_job://<job>/<name>`, `<account>/run-<32 hex>/<name>` or `tinker://<run>/<kind>/<name>`",
+                "use `<name>`, `<job>:<name>`, `cross_job://<job>/<name>`, `<account>/run-<32 hex>/<name>` or `tinker://<run>/<kind>/<name>`",
             )
         };
         if text.is_empty() {
@@ -92,24 +92,30 @@ impl FromStr for CheckpointRef {
             Some((scheme, path)) => (Some(scheme), path),
             None => (None, text),
         };
+        let cross_job = |job: &str, name: &str| {
+            Ok(Self::CrossJob {
+                job: JobId::new(job).map_err(|_| bad("the job is no DNS label"))?,
+                name: checkpoint_label(name).ok_or_else(|| bad("the name is no DNS label"))?,
+            })
+        };
         let segments: Vec<&str> = path.split('/').collect();
         if segments.iter().any(|segment| matches!(*segment, "" | "." | "..")) {
             return Err(bad("absolute paths and empty, `.` or `..` segments are not allowed"));
         }
         match (scheme, segments.as_slice()) {
-            (None, [name]) => {
-                Ok(Self::Local(checkpoint_label(name).ok_or_else(|| bad("the name is no DNS label"))?))
-            }
+            (None, [name]) => match name.split_once(':') {
+                Some((job, name)) => cross_job(job, name),
+                None => {
+                    Ok(Self::Local(checkpoint_label(name).ok_or_else(|| bad("the name is no DNS label"))?))
+                }
+            },
             (None, [account, run, rest @ ..]) if !rest.is_empty() && is_run(run) => Ok(Self::Run {
                 account: JobId::new(*account).map_err(|_| bad("the account is no DNS label"))?,
                 run: (*run).to_owned(),
                 checkpoint: rest.join("/"),
             }),
             (None, _) => Err(bad("a path wants the form `<account>/run-<32 hex>/<name>`")),
-            (Some("cross_job"), [job, name]) => Ok(Self::CrossJob {
-                job: JobId::new(*job).map_err(|_| bad("the job is no DNS label"))?,
-                name: checkpoint_label(name).ok_or_else(|| bad("the name is no DNS label"))?,
-            }),
+            (Some("cross_job"), [job, name]) => cross_job(job, name),
             (Some("cross_job"), _) => Err(bad("cross_job:// wants a job and a name")),
             (Some("tinker"), [run, kind, name]) => Ok(Self::Tinker {
                 run: (*run).to_owned(),
@@ -139,8 +145,8 @@ impl fmt::Display for CheckpointRef {
 }
 
 fn checkpoint_label(text: &str) -> Option<SnapshotIdentity> {
-    // Names and identities share the alphabet of a DNS label; a job id is checked by that very rule.
-    JobId::new(text).ok().and_then(|label| SnapshotIdentity::new(label.as_str()).ok())
+    // Names and identities share the alphabet of a DNS label; a model id is checked by that very rule.
+    ModelId::new(text).ok().and_then(|label| SnapshotIdentity::new(label.as_str()).ok())
 }
 
 fn is_run(text: &str) -> bool {
@@ -164,6 +170,12 @@ mod tests {
     }
 
     #[test]
+    fn a_colon_joins_job_and_name() {
+        let short = "job-a:step-40".parse::<CheckpointRef>().unwrap();
+        assert_eq!(short, "cross_job://job-a/step-40".parse().unwrap());
+    }
+
+    #[test]
     fn everything_else_is_refused_with_a_reason() {
         for (text, why) in [
             ("", "empty"),
@@ -175,6 +187,11 @@ mod tests {
             ("gs://bucket/x", "scheme"),
             ("cross_job://a", "a job and a name"),
             ("cross_job://A/b", "job is no DNS label"),
+            ("A:b", "job is no DNS label"),
+            ("a:B", "name is no DNS label"),
+            ("a:b:c", "name is no DNS label"),
+            ("a:", "name is no DNS label"),
+            ("models:b", "job is no DNS label"),
             ("tinker://r/other/x", "kind"),
             ("acme/run-1/x", "run-<32 hex>"),
         ] {

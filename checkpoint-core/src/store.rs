@@ -72,6 +72,16 @@ pub trait SnapshotStore: Debug + Send + Sync + 'static {
         Ok(buffer)
     }
 
+    /// As [`SnapshotStore::read_into`], with the [`block_digest`](crate::block_digest) of each [`DIGEST_BLOCK`](crate::DIGEST_BLOCK) of the
+    /// buffer, the last of which may be shorter, if the store takes them while the bytes are in the processor's cache.
+    /// A store that does not, as by default, leaves them to the caller.
+    ///
+    /// # Errors
+    /// As [`SnapshotStore::read_into`].
+    async fn read_digested(&self, key: &ObjectKey, start: u64, buffer: BytesMut) -> Result<Digested> {
+        Ok(Digested { buffer: self.read_into(key, start, buffer).await?, blocks: None })
+    }
+
     /// Size, version and time of an object.
     ///
     /// # Errors
@@ -128,6 +138,9 @@ macro_rules! forward {
             async fn read_into(&self, key: &ObjectKey, start: u64, buffer: BytesMut) -> Result<BytesMut> {
                 (**self).read_into(key, start, buffer).await
             }
+            async fn read_digested(&self, key: &ObjectKey, start: u64, buffer: BytesMut) -> Result<Digested> {
+                (**self).read_digested(key, start, buffer).await
+            }
             async fn head(&self, key: &ObjectKey) -> Result<ObjectInfo> {
                 (**self).head(key).await
             }
@@ -141,6 +154,16 @@ macro_rules! forward {
     )*};
 }
 forward!(Arc Box);
+
+/// What [`SnapshotStore::read_digested`] has read.
+#[derive(Debug)]
+#[expect(clippy::exhaustive_structs, reason = "stores of others make it")]
+pub struct Digested {
+    /// The caller's buffer, filled.
+    pub buffer: BytesMut,
+    /// The digest of each block, if they were taken.
+    pub blocks: Option<Vec<u128>>,
+}
 
 /// A writer that keeps its parts in memory and puts them as a whole, for [`SnapshotStore::writer`] of stores whose
 /// medium has no parts. `store` is a handle whose clones share the objects.

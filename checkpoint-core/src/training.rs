@@ -369,6 +369,9 @@ impl SavedWeights {
     }
 }
 
+/// The section of a train state that holds the training loop's own entries.
+pub const LOOP: &str = "loop";
+
 /// A request to save the train state.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]

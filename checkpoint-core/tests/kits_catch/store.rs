@@ -1,6 +1,10 @@
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
+use tokio::sync::watch;
 use towline_core::bytes::{Bytes, BytesMut};
 use towline_core::testing::laws::store as laws;
 use towline_core::testing::{FakeStore, block_on};
@@ -37,11 +41,26 @@ enum Fault {
 struct Broken {
     inner: FakeStore,
     fault: Fault,
+    /// How many looked before they wrote, or read.
+    seen: Arc<watch::Sender<usize>>,
 }
 
 impl Broken {
     fn new(fault: Fault) -> Self {
-        Self { inner: FakeStore::new(), fault }
+        Self { inner: FakeStore::new(), fault, seen: Arc::default() }
+    }
+
+    fn see(&self) -> usize {
+        self.seen.send_modify(|seen| *seen += 1);
+        *self.seen.borrow()
+    }
+
+    /// Keeps a faulty operation half done until others came into its way: else it were up to the scheduler whether
+    /// a law can see the fault at all.
+    async fn until_seen(&self, wanted: usize) {
+        let mut seen = self.seen.subscribe();
+        let met = seen.wait_for(|seen| *seen >= wanted);
+        tokio::time::timeout(Duration::from_secs(10), met).await.expect("nobody came").expect("a store");
     }
 
     fn is(&self, fault: Fault) -> bool {
@@ -75,8 +94,9 @@ impl SnapshotStore for Broken {
         };
         if looks_first {
             self.checked_before(key, &mode).await?;
-            tokio::task::yield_now().await;
-            mode = PutMode::Overwrite;
+            self.see();
+            self.until_seen(2).await;
+            return self.inner.put(key, body, PutMode::Overwrite).await;
         }
         if let PutMode::Update(version) = &mode {
             match self.inner.head(key).await {
@@ -92,7 +112,8 @@ impl SnapshotStore for Broken {
         }
         if self.is(Fault::WritesInHalves) && mode == PutMode::Overwrite {
             self.inner.put(key, body.slice(..body.len() / 2), PutMode::Overwrite).await?;
-            tokio::task::yield_now().await;
+            let seen = *self.seen.borrow();
+            self.until_seen(seen + 1).await;
         }
         self.inner.put(key, body, mode).await.map(|version| self.version(version))
     }
@@ -103,6 +124,9 @@ impl SnapshotStore for Broken {
 
     async fn get(&self, key: &ObjectKey, range: Option<Range<u64>>) -> Result<Bytes> {
         let found = self.inner.get(key, range.clone()).await;
+        if self.is(Fault::WritesInHalves) {
+            self.see();
+        }
         match (&found, self.fault, range) {
             (Err(error), Fault::MissingIsEmpty, _) if error.kind() == ErrorKind::NotFound => Ok(Bytes::new()),
             (Err(error), Fault::ReversedIsEmpty, _) if error.kind() == ErrorKind::Invalid => Ok(Bytes::new()),
@@ -137,7 +161,9 @@ impl SnapshotStore for Broken {
     }
 
     fn list(&self, prefix: Option<&ObjectKey>) -> BoxStream<'static, Result<ObjectInfo>> {
-        let all = block_on_list(&self.inner);
+        let mut all = self.inner.list(None);
+        let mut all =
+            std::iter::from_fn(|| at_once(std::future::poll_fn(|context| all.as_mut().poll_next(context))));
         let text = self.is(Fault::PrefixesAreText);
         let limit = if self.is(Fault::OnePage) { 256 } else { usize::MAX };
         let under = |key: &ObjectKey| {
@@ -146,7 +172,8 @@ impl SnapshotStore for Broken {
             })
         };
         let found: Vec<_> = all
-            .into_iter()
+            .by_ref()
+            .map(Result::unwrap)
             .filter(|info| under(&info.key))
             .take(limit)
             .map(|mut info| {
@@ -158,15 +185,12 @@ impl SnapshotStore for Broken {
     }
 }
 
-/// The fake lists at once, so its stream never waits.
-fn block_on_list(store: &FakeStore) -> Vec<ObjectInfo> {
-    let mut stream = store.list(None);
-    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-    let mut found = Vec::new();
-    while let std::task::Poll::Ready(Some(info)) = stream.as_mut().poll_next(&mut context) {
-        found.push(info.unwrap());
+/// The fake answers at once, so nothing of it ever waits.
+fn at_once<F: Future>(future: F) -> F::Output {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(answer) => answer,
+        Poll::Pending => panic!("the fake waits"),
     }
-    found
 }
 
 #[derive(Debug)]
@@ -212,9 +236,8 @@ impl ObjectWriter for Writer {
 impl Drop for Writer {
     fn drop(&mut self) {
         if self.store.is(Fault::DropFinishes) && !self.done {
-            let (store, key, body) =
-                (self.store.inner.clone(), self.key.clone(), std::mem::take(&mut self.body));
-            tokio::spawn(async move { store.put(&key, body.into(), PutMode::Overwrite).await });
+            let body = Bytes::from(std::mem::take(&mut self.body));
+            at_once(self.store.inner.put(&self.key, body, PutMode::Overwrite)).unwrap();
         }
     }
 }

@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::{body, key, keys, list};
 use crate::testing::laws::{Told, ensure, fails};
-use crate::{ErrorKind, PutMode, SnapshotStore, Version};
+use crate::{DIGEST_BLOCK, Digested, ErrorKind, PutMode, SnapshotStore, Version, block_digest};
 
 /// What is put is got, with its size and version; an empty object is an object.
 ///
@@ -74,6 +74,13 @@ pub async fn read_into_fills(store: Arc<dyn SnapshotStore>) -> Result<(), String
             found == body.slice(start..start + length),
             "{length} bytes at {start} of 5000: found {} others",
             found.len()
+        );
+        let read = store.read_digested(&name, start as u64, BytesMut::zeroed(length)).await;
+        let Digested { buffer, blocks } = read.told(format_args!("{length} bytes at {start}, digested"))?;
+        let wanted: Vec<_> = buffer.chunks(DIGEST_BLOCK).map(block_digest).collect();
+        ensure!(
+            buffer == found && blocks.as_ref().is_none_or(|blocks| *blocks == wanted),
+            "{length} bytes at {start} of 5000: other bytes or digests when the store takes digests"
         );
     }
     for (start, length) in [(0, 5001), (4999, 2)] {

@@ -50,14 +50,16 @@ pub async fn exclusive_create(store: Arc<dyn SnapshotStore>) -> Result<(), Strin
 /// # Errors
 /// What broke.
 pub async fn compare_and_swap_counter(store: Arc<dyn SnapshotStore>) -> Result<(), String> {
-    const TASKS: u64 = 8;
-    const STEPS: u64 = 12;
+    const TASKS: usize = 8;
+    const STEPS: usize = 12;
     let key = key("counter")?;
     store.put(&key, Bytes::from_static(b"0"), PutMode::Create).await.told("put")?;
+    let start = Arc::new(tokio::sync::Barrier::new(TASKS));
     let tasks: Vec<_> = (0..TASKS)
         .map(|_| {
-            let (store, key) = (Arc::clone(&store), key.clone());
+            let (store, key, start) = (Arc::clone(&store), key.clone(), Arc::clone(&start));
             tokio::spawn(async move {
+                start.wait().await;
                 for _ in 0..STEPS {
                     step(&*store, &key).await?;
                 }
@@ -69,7 +71,8 @@ pub async fn compare_and_swap_counter(store: Arc<dyn SnapshotStore>) -> Result<(
         task.await.map_err(|error| format!("a counting task died: {error}"))??;
     }
     let count = number(&store.get(&key, None).await.told("get")?)?;
-    ensure!(count == TASKS * STEPS, "{} steps were counted, the counter says {count}", TASKS * STEPS);
+    let wanted = (TASKS * STEPS) as u64;
+    ensure!(count == wanted, "{wanted} steps were counted, the counter says {count}");
     Ok(())
 }
 
