@@ -14,12 +14,15 @@
 //! <job>/clock                                    written to learn the store's time
 //! ```
 //!
+//! With the feature `slime`, snapshots go to and come from the `weight_v…` directories of slime and miles.
+//!
 //! Opening a [`Writer`] fences the one before it: two trainers can never both commit.
 //!
 //! Futures need a tokio runtime with its timer.
 
 #[cfg(any(feature = "s3", feature = "gcs", feature = "azure"))]
 mod cloud;
+mod folder;
 mod io;
 #[cfg(feature = "local")]
 mod local;
@@ -30,6 +33,8 @@ mod options;
 mod random;
 mod repo;
 mod shard;
+#[cfg(feature = "slime")]
+pub mod slime;
 #[cfg(feature = "testing")]
 pub mod testing;
 
@@ -41,8 +46,9 @@ pub use object::ObjectAdapter;
 pub use open::open;
 pub use options::StoreOptions;
 pub use repo::{
-    BackgroundSaver, Best, Depth, Finding, Kept, Lease, MAX_HEAD, Metric, Orphan, Pin, Prune, Pruned,
-    Publish, RankPart, RankReceipt, RankedSave, Retention, SaveTrainState, SnapshotInfo, SnapshotRepo,
-    StateReader, StateTicket, TrainState, Verified, Wanted, WhenBusy, Writer, jobs,
+    BackgroundSaver, Best, BoxRead, Depth, Finding, Kept, Lease, MAX_HEAD, Metric, Orphan, Pin, Promote,
+    Prune, Pruned, Publish, RankPart, RankReceipt, RankedSave, Repaired, Retention, SaveTrainState,
+    SnapshotInfo, SnapshotRepo, StateReader, StateTicket, TrainState, Verified, Wanted, WhenBusy, Writer,
+    jobs,
 };
 pub use shard::{ShardReader, ShardSummary, first_payload, write_shard};

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use object_store::memory::InMemory;
 use towline_core::{
-    BoxStream, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result, SnapshotStore, Version, async_trait,
+    BoxStream, Digested, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result, SnapshotStore, Version,
+    async_trait,
 };
 
 use crate::ObjectAdapter;
@@ -46,6 +47,10 @@ impl SnapshotStore for Memory {
 
     async fn read_into(&self, key: &ObjectKey, start: u64, buffer: BytesMut) -> Result<BytesMut> {
         self.0.read_into(key, start, buffer).await
+    }
+
+    async fn read_digested(&self, key: &ObjectKey, start: u64, buffer: BytesMut) -> Result<Digested> {
+        self.0.read_digested(key, start, buffer).await
     }
 
     async fn head(&self, key: &ObjectKey) -> Result<ObjectInfo> {

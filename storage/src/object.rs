@@ -1,47 +1,77 @@
 //! Any back end of the `object_store` crate as a store.
 
+mod download;
+mod journal;
+mod upload;
+
 use std::fmt::Display;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt as _;
+use object_store::multipart::MultipartStore;
 use object_store::path::Path;
 use object_store::{
-    Error as Theirs, GetOptions, GetRange, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt as _,
-    PutOptions, PutResult, UpdateVersion,
+    Error as Theirs, GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt as _, PutOptions,
+    PutResult, UpdateVersion,
 };
-use tokio::task::JoinSet;
+use tokio::sync::Semaphore;
 use towline_core::{
     BoxStream, Error, ErrorKind, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result, SnapshotStore,
     Version, async_trait,
 };
 
+use self::journal::Journal;
+use self::upload::PartWriter;
 use crate::io::clip;
 
-/// The length of an uploaded part, in bytes: object stores want all parts but the last alike.
-const PART: usize = 8 << 20;
-/// Parts on their way at once. Memory of a writer: these and one more.
-const PARTS_AT_ONCE: usize = 4;
 /// Listed objects that are looked at, at once, for what the listing left out.
 const HEADS_AT_ONCE: usize = 16;
 
 /// A [`SnapshotStore`] over any back end of the `object_store` crate that has conditional writes.
 ///
-/// Objects above 8 MiB go up in parts. A writer that is dropped gives up its parts as far as the runtime still
-/// lets it; set a rule for incomplete uploads on the bucket for the rest.
+/// Objects above 8 MiB go up in parts, 8 of them at once; parts that are handed over in pieces of 64 KiB or more are sent
+/// from where they lie. What is read into a caller's buffer comes in ranges of 8 MiB, 16 of them at once for all readers
+/// of this store and its clones, each straight to its place. A writer that is dropped gives up its parts as far as the runtime still
+/// lets it; for the rest there is [`StoreOptions::with_upload_journal`](crate::StoreOptions::with_upload_journal), or a
+/// rule for incomplete uploads on the bucket.
 #[derive(Debug, Clone)]
 pub struct ObjectAdapter {
     inner: Arc<dyn ObjectStore>,
     /// Whether objects have more of a version than listings tell. Known after the first listed object.
     lists_less: Arc<OnceLock<bool>>,
+    /// How many more ranges may be on their way.
+    ranges: Arc<Semaphore>,
+    journal: Option<Arc<Journal>>,
 }
 
 impl ObjectAdapter {
     /// The store on `inner`.
     #[must_use]
     pub fn new(inner: Arc<dyn ObjectStore>) -> Self {
-        Self { inner, lists_less: Arc::default() }
+        Self {
+            inner,
+            lists_less: Arc::default(),
+            ranges: Arc::new(Semaphore::new(download::AT_ONCE)),
+            journal: None,
+        }
+    }
+
+    /// Notes uploads in parts in a file in `folder` until they have ended; see
+    /// [`StoreOptions::with_upload_journal`](crate::StoreOptions::with_upload_journal). `uploads` is the same back end, and
+    /// `prefix` what lies before every path there and not here, or nothing. `place` names server and bucket.
+    #[must_use]
+    pub fn with_upload_journal(
+        mut self,
+        uploads: Arc<dyn MultipartStore>,
+        prefix: &str,
+        place: impl Into<String>,
+        folder: impl Into<PathBuf>,
+    ) -> Self {
+        self.journal = Some(Journal::new(uploads, place.into(), Path::from(prefix), folder.into()));
+        self
     }
 
     async fn get_range(&self, key: &ObjectKey, range: Range<u64>) -> Result<Bytes> {
@@ -95,14 +125,8 @@ impl SnapshotStore for ObjectAdapter {
     }
 
     async fn writer(&self, key: &ObjectKey) -> Result<Box<dyn ObjectWriter>> {
-        Ok(Box::new(PartWriter {
-            store: Arc::clone(&self.inner),
-            path: path(key)?,
-            key: key.clone(),
-            buffer: BytesMut::new(),
-            upload: None,
-            parts: JoinSet::new(),
-        }))
+        let writer = PartWriter::new(Arc::clone(&self.inner), path(key)?, key.clone());
+        Ok(Box::new(writer.with_journal(self.journal.clone())))
     }
 
     async fn get(&self, key: &ObjectKey, range: Option<Range<u64>>) -> Result<Bytes> {
@@ -111,6 +135,13 @@ impl SnapshotStore for ObjectAdapter {
             return found.bytes().await.map_err(|error| failed(error, key, "read"));
         };
         self.get_range(key, range).await
+    }
+
+    async fn read_into(&self, key: &ObjectKey, start: u64, buffer: BytesMut) -> Result<BytesMut> {
+        if buffer.is_empty() {
+            return Ok(buffer);
+        }
+        download::read(&self.inner, &self.ranges, key, start, buffer).await
     }
 
     async fn head(&self, key: &ObjectKey) -> Result<ObjectInfo> {
@@ -172,92 +203,6 @@ async fn completed(
         }
         Err(Theirs::NotFound { .. }) => Ok(None),
         Err(error) => Err(failed(error, &key, "listed")),
-    }
-}
-
-/// Collects parts, and puts the object at once if it stays below one part.
-#[derive(Debug)]
-struct PartWriter {
-    store: Arc<dyn ObjectStore>,
-    path: Path,
-    key: ObjectKey,
-    buffer: BytesMut,
-    upload: Option<Box<dyn MultipartUpload>>,
-    parts: JoinSet<object_store::Result<()>>,
-}
-
-impl PartWriter {
-    async fn send(&mut self, part: Bytes) -> Result<()> {
-        while self.parts.len() >= PARTS_AT_ONCE {
-            self.join_one().await?;
-        }
-        let upload = match &mut self.upload {
-            Some(upload) => upload,
-            None => {
-                let upload = self.store.put_multipart(&self.path).await;
-                self.upload.insert(upload.map_err(|error| failed(error, &self.key, "written"))?)
-            }
-        };
-        self.parts.spawn(upload.put_part(part.into()));
-        Ok(())
-    }
-
-    async fn join_one(&mut self) -> Result<()> {
-        match self.parts.join_next().await {
-            None | Some(Ok(Ok(()))) => Ok(()),
-            Some(Ok(Err(error))) => Err(failed(error, &self.key, "written")),
-            Some(Err(error)) => {
-                Err(Error::internal(format!("`{}`: the upload of a part ended early", self.key))
-                    .with_source(error))
-            }
-        }
-    }
-}
-
-#[async_trait]
-impl ObjectWriter for PartWriter {
-    async fn write(&mut self, part: Bytes) -> Result<()> {
-        self.buffer.extend_from_slice(&part);
-        while self.buffer.len() > PART {
-            let part = self.buffer.split_to(PART).freeze();
-            self.send(part).await?;
-        }
-        Ok(())
-    }
-
-    async fn finish(mut self: Box<Self>) -> Result<Version> {
-        let rest = std::mem::take(&mut self.buffer).freeze();
-        if self.upload.is_none() {
-            let put = self.store.put(&self.path, rest.into()).await;
-            return put.map(|put| put_version(&put)).map_err(|error| failed(error, &self.key, "written"));
-        }
-        self.send(rest).await?;
-        while !self.parts.is_empty() {
-            self.join_one().await?;
-        }
-        let Some(upload) = &mut self.upload else {
-            return Err(Error::internal(format!("`{}`: the upload is gone", self.key)));
-        };
-        let put = upload.complete().await.map_err(|error| failed(error, &self.key, "finished"))?;
-        self.upload = None;
-        Ok(put_version(&put))
-    }
-
-    async fn abort(mut self: Box<Self>) -> Result<()> {
-        self.parts.shutdown().await;
-        match self.upload.take() {
-            Some(mut upload) => upload.abort().await.map_err(|error| failed(error, &self.key, "given up")),
-            None => Ok(()),
-        }
-    }
-}
-
-impl Drop for PartWriter {
-    fn drop(&mut self) {
-        if let (Some(mut upload), Ok(runtime)) = (self.upload.take(), tokio::runtime::Handle::try_current()) {
-            self.parts.abort_all();
-            runtime.spawn(async move { upload.abort().await });
-        }
     }
 }
 

@@ -1,11 +1,14 @@
 //! How to reach a store: settings from the environment and from the caller.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use towline_core::{Error, Result, Secret};
 
 /// The beginnings of the variables that [`StoreOptions::from_env`] reads, and the URL schemes that they are for.
 const ENVIRONMENT: [(&str, &str); 3] = [("AWS_", "s3"), ("GOOGLE_", "gs"), ("AZURE_", "az")];
+/// The variable that names the folder of the upload journal.
+const JOURNAL: &str = "TOWLINE_UPLOAD_JOURNAL";
 
 /// Where a store's server is and who asks: settings by name.
 ///
@@ -24,6 +27,7 @@ pub struct StoreOptions {
     /// By scheme, then by name.
     environment: BTreeMap<&'static str, BTreeMap<String, Secret>>,
     explicit: BTreeMap<String, Secret>,
+    upload_journal: Option<PathBuf>,
 }
 
 impl StoreOptions {
@@ -33,8 +37,8 @@ impl StoreOptions {
         Self::default()
     }
 
-    /// The settings in this process's `AWS_…`, `GOOGLE_…` and `AZURE_…` variables. Those that have nothing to do with
-    /// stores are ignored.
+    /// The settings in this process's `AWS_…`, `GOOGLE_…` and `AZURE_…` variables, and the folder in
+    /// `TOWLINE_UPLOAD_JOURNAL`. Those that have nothing to do with stores are ignored.
     ///
     /// # Errors
     /// `Invalid` for a variable that is no UTF-8.
@@ -51,7 +55,24 @@ impl StoreOptions {
                 of_scheme.insert(name.to_ascii_lowercase(), Secret::new(value));
             }
         }
+        options.upload_journal =
+            std::env::var_os(JOURNAL).filter(|folder| !folder.is_empty()).map(PathBuf::from);
         Ok(options)
+    }
+
+    /// Notes uploads in parts to S3 and GCS in a file in `folder`, which is made if it is missing, until they have ended.
+    /// A later process with the same folder and store gives up those that a dead one has begun, when it first uploads in
+    /// parts itself; what cannot be given up is tried again at each upload. Without it, only a rule of the bucket does.
+    #[must_use]
+    pub fn with_upload_journal(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.upload_journal = Some(folder.into());
+        self
+    }
+
+    /// The folder of the upload journal, if there is one.
+    #[must_use]
+    pub fn upload_journal(&self) -> Option<&Path> {
+        self.upload_journal.as_deref()
     }
 
     /// Sets `name` for every scheme. It goes before the environment.

@@ -11,8 +11,9 @@ use common::{find, name, noise, session, shared};
 use futures_util::future::try_join_all;
 use proptest::prelude::*;
 use towline_core::{DType, ErrorKind, SnapshotKind, SnapshotStore, TensorMeta, Weights};
+use towline_storage::testing::{Fault, FaultStore, Operation, Plan};
 use towline_storage::{
-    Local, Memory, Prune, Publish, RankPart, RankReceipt, Retention, SaveTrainState, SnapshotInfo,
+    BoxRead, Local, Memory, Prune, Publish, RankPart, RankReceipt, Retention, SaveTrainState, SnapshotInfo,
     SnapshotRepo, StateReader, Wanted, Writer,
 };
 
@@ -171,6 +172,15 @@ async fn boxes_are_read_into_the_callers_memory() {
     let buffer = reader.read_into("rows", &[0, 0], &[1536, 768], buffer).await.unwrap();
     assert_eq!(buffer, rows.data);
     assert_eq!(buffer.as_ptr(), place, "it was put together again where it was");
+    // Many at once, the largest first: they come back in their order.
+    let whole = |tensor: &Sharded| BoxRead::whole(&tensor.meta, BytesMut::zeroed(tensor.data.len()));
+    let mut boxes = vec![BoxRead::new("rows", [512, 0], [4, 768], BytesMut::zeroed(4 * 768 * 4))];
+    boxes.extend(model.iter().rev().map(whole));
+    let read = reader.read_boxes(boxes).await.unwrap();
+    assert_eq!(read[0], rows.data[512 * 768 * 4..516 * 768 * 4]);
+    assert!(read[1..].iter().eq(model.iter().rev().map(|tensor| &tensor.data)));
+    let short = BoxRead::new("rows", [0, 0], [1536, 768], BytesMut::new());
+    assert_eq!(reader.read_boxes(vec![short]).await.unwrap_err().kind(), ErrorKind::Invalid);
     for (text, offset, shape, length, kind) in [
         ("rows", &[0, 0][..], &[1536, 768][..], 5, ErrorKind::Invalid),
         ("rows", &[1, 0], &[1536, 768], 1536 * 768 * 4, ErrorKind::Invalid),
@@ -271,6 +281,23 @@ async fn a_rank_may_write_again() {
     assert_eq!(*save.ticket(), serde_json::from_str(&ticket).unwrap());
     let text = serde_json::to_string(&first).unwrap();
     let receipt: RankReceipt = serde_json::from_str(&text).unwrap();
+    let info = save.commit(&[receipt], SOON).await.unwrap();
+    repo.verify(&info).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_rank_that_misreads_its_own_index_keeps_its_files() {
+    let misread = Arc::new(FaultStore::new(Arc::new(Memory::new()), Plan::default()));
+    let lost = Arc::new(FaultStore::new(Arc::clone(&misread) as _, Plan::default()));
+    let repo = repo(Arc::clone(&lost) as _);
+    let writer = repo.writer(session(1)).await.unwrap();
+    let model = model();
+    let save = writer.begin_state(SaveTrainState::ranked(name("s")), ranks(1)).await.unwrap();
+    // Its index is there, it is told that another one is, and sees another one when it looks.
+    lost.script(Operation::Put, "rank-0.json", [Fault::Lose(ErrorKind::AlreadyExists)]);
+    misread.script(Operation::Get, "rank-0.json", [Fault::FlipBit]);
+    let receipt = repo.write_rank(save.ticket(), 0, &part_of(&model, 0, 1)).await.unwrap();
+    assert_eq!((lost.left(), misread.left()), (0, 0));
     let info = save.commit(&[receipt], SOON).await.unwrap();
     repo.verify(&info).await.unwrap();
 }

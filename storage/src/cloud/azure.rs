@@ -2,17 +2,17 @@
 
 use std::sync::Arc;
 
-use object_store::ObjectStore;
 use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 use towline_core::Result;
 
+use super::Backend;
 use super::settings::{Settings, retries, unbuilt};
 use crate::StoreOptions;
 
 /// The settings that hold the server's URL.
 const ENDPOINTS: [&str; 2] = ["endpoint", "storage_endpoint"];
 
-pub(super) fn open(container: &str, options: &StoreOptions) -> Result<Arc<dyn ObjectStore>> {
+pub(super) fn open(container: &str, options: &StoreOptions) -> Result<Backend> {
     let settings = Settings::<AzureConfigKey>::of("az", "azure_", options, &ENDPOINTS)?;
     let mut builder = MicrosoftAzureBuilder::new();
     for (key, value) in settings.builder {
@@ -24,5 +24,6 @@ pub(super) fn open(container: &str, options: &StoreOptions) -> Result<Arc<dyn Ob
         .with_retry(retries())
         .with_http_connector(settings.connector)
         .build();
-    Ok(Arc::new(store.map_err(unbuilt)?))
+    let store = Arc::new(store.map_err(unbuilt)?);
+    Ok(Backend { objects: Arc::clone(&store) as _, uploads: None, endpoints: settings.endpoints })
 }

@@ -13,6 +13,7 @@ mod s3;
 use std::sync::Arc;
 
 use object_store::ObjectStore;
+use object_store::multipart::MultipartStore;
 use object_store::prefix::PrefixStore;
 use towline_core::{Error, ObjectKey, Result};
 
@@ -28,16 +29,25 @@ pub(crate) const SCHEMES: &[&str] = &[
     "az",
 ];
 
+/// A bucket.
+struct Backend {
+    objects: Arc<dyn ObjectStore>,
+    /// Where uploads in parts have numbers by which they can be given up.
+    uploads: Option<Arc<dyn MultipartStore>>,
+    /// The server's URLs, if it is not the cloud's own.
+    endpoints: String,
+}
+
 /// The store at `scheme://bucket/prefix`; nothing if this build does not have the scheme.
 pub(crate) fn open(scheme: &str, rest: &str, options: &StoreOptions) -> Option<Result<ObjectAdapter>> {
     let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
     match scheme {
         #[cfg(feature = "s3")]
-        "s3" => Some(at(scheme, bucket, prefix, || s3::open(bucket, options))),
+        "s3" => Some(at(scheme, bucket, prefix, options, s3::open)),
         #[cfg(feature = "gcs")]
-        "gs" => Some(at(scheme, bucket, prefix, || gcs::open(bucket, options))),
+        "gs" => Some(at(scheme, bucket, prefix, options, gcs::open)),
         #[cfg(feature = "azure")]
-        "az" => Some(at(scheme, bucket, prefix, || azure::open(bucket, options))),
+        "az" => Some(at(scheme, bucket, prefix, options, azure::open)),
         _ => None,
     }
 }
@@ -46,19 +56,29 @@ fn at(
     scheme: &str,
     bucket: &str,
     prefix: &str,
-    open: impl FnOnce() -> Result<Arc<dyn ObjectStore>>,
+    options: &StoreOptions,
+    open: impl FnOnce(&str, &StoreOptions) -> Result<Backend>,
 ) -> Result<ObjectAdapter> {
     if bucket.is_empty() || bucket.contains(['@', ':', '?', '#']) {
         return Err(Error::invalid(format!("`{}` names no bucket", bucket.escape_debug()))
             .with_help(format!("write `{scheme}://bucket/prefix`, and credentials into the environment")));
     }
     let prefix = prefix.trim_end_matches('/');
-    let store = open().map_err(|error| error.context(format_args!("{scheme}://{bucket}")))?;
-    if prefix.is_empty() {
-        return Ok(ObjectAdapter::new(store));
-    }
-    let prefix = ObjectKey::new(prefix)?;
-    Ok(ObjectAdapter::new(Arc::new(PrefixStore::new(store, prefix.as_str()))))
+    let place = format!("{scheme}://{bucket}");
+    let backend = open(bucket, options).map_err(|error| error.context(&place))?;
+    let adapter = if prefix.is_empty() {
+        ObjectAdapter::new(backend.objects)
+    } else {
+        let prefix = ObjectKey::new(prefix)?;
+        ObjectAdapter::new(Arc::new(PrefixStore::new(backend.objects, prefix.as_str())))
+    };
+    Ok(match (backend.uploads, options.upload_journal()) {
+        (Some(uploads), Some(folder)) => {
+            let place = format!("{place} {}", backend.endpoints);
+            adapter.with_upload_journal(uploads, prefix, place, folder)
+        }
+        _ => adapter,
+    })
 }
 
 #[cfg(all(test, feature = "s3", feature = "gcs", feature = "azure"))]

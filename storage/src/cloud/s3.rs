@@ -2,17 +2,17 @@
 
 use std::sync::Arc;
 
-use object_store::ObjectStore;
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, Checksum};
 use towline_core::Result;
 
+use super::Backend;
 use super::settings::{Settings, retries, unbuilt};
 use crate::StoreOptions;
 
 /// The settings that hold the server's URL.
 const ENDPOINTS: [&str; 3] = ["endpoint", "endpoint_url", "endpoint_url_s3"];
 
-pub(super) fn open(bucket: &str, options: &StoreOptions) -> Result<Arc<dyn ObjectStore>> {
+pub(super) fn open(bucket: &str, options: &StoreOptions) -> Result<Backend> {
     let settings = Settings::<AmazonS3ConfigKey>::of("s3", "aws_", options, &ENDPOINTS)?;
     let mut builder = AmazonS3Builder::new().with_unsigned_payload(true);
     if settings.native {
@@ -28,5 +28,6 @@ pub(super) fn open(bucket: &str, options: &StoreOptions) -> Result<Arc<dyn Objec
         .with_retry(retries())
         .with_http_connector(settings.connector)
         .build();
-    Ok(Arc::new(store.map_err(unbuilt)?))
+    let store = Arc::new(store.map_err(unbuilt)?);
+    Ok(Backend { objects: Arc::clone(&store) as _, uploads: Some(store), endpoints: settings.endpoints })
 }

@@ -24,6 +24,8 @@ pub(super) struct Settings<K> {
     pub(super) connector: Connector,
     /// Whether the server is the cloud's own.
     pub(super) native: bool,
+    /// Its URLs if it is not.
+    pub(super) endpoints: String,
 }
 
 impl<K: FromStr> Settings<K> {
@@ -59,7 +61,8 @@ impl<K: FromStr> Settings<K> {
         let here = !urls.is_empty() && urls.iter().all(|url| url.host_str().is_some_and(is_loopback));
         let secure = urls.is_empty() || urls.iter().any(|url| url.scheme() == "https");
         let connector = Connector::new(allow_http, idle, roots, here, secure)?;
-        Ok(Self { builder, connector, native: urls.is_empty() })
+        let endpoints = urls.iter().map(Url::as_str).collect::<Vec<_>>().join(" ");
+        Ok(Self { builder, connector, native: urls.is_empty(), endpoints })
     }
 }
 

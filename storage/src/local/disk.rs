@@ -16,6 +16,8 @@ use crate::random::ms;
 
 /// Where locks and temporary files live. No key can name it: keys have no `~`.
 const PRIVATE: &str = "~towline";
+/// What is read at once: together with where it comes from, it stays in a core's cache until its digest is taken.
+const PIECE: usize = 256 << 10;
 
 #[derive(Debug)]
 pub(super) struct Disk {
@@ -62,10 +64,23 @@ impl Disk {
         Ok(bytes.into())
     }
 
-    pub(super) fn fill(&self, key: &ObjectKey, start: u64, buffer: &mut [u8]) -> Result<()> {
+    /// Fills `buffer`, and shows it in pieces to `seen`, each while it is in the processor's cache.
+    pub(super) fn fill(
+        &self,
+        key: &ObjectKey,
+        start: u64,
+        buffer: &mut [u8],
+        mut seen: impl FnMut(&[u8]),
+    ) -> Result<()> {
         let (file, data) = self.file(key)?;
         clip(key, Some(start..start.saturating_add(buffer.len() as u64)), data.len())?;
-        read_at(&file, start, buffer).map_err(|error| unreadable(error, key))
+        let mut at = start;
+        for piece in buffer.chunks_mut(PIECE) {
+            read_at(&file, at, piece).map_err(|error| unreadable(error, key))?;
+            seen(piece);
+            at += piece.len() as u64;
+        }
+        Ok(())
     }
 
     pub(super) fn info(&self, key: ObjectKey) -> Result<ObjectInfo> {

@@ -10,9 +10,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
+use tokio::task::JoinHandle;
 use towline_core::{
-    BoxStream, Error, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result, SnapshotStore, Version,
-    async_trait,
+    BlockHasher, BoxStream, Digested, Error, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result,
+    SnapshotStore, Version, async_trait,
 };
 
 use crate::io::blocking;
@@ -82,7 +83,13 @@ impl SnapshotStore for Local {
 
     async fn writer(&self, key: &ObjectKey) -> Result<Box<dyn ObjectWriter>> {
         let temp = self.on_disk(Temp::new).await?;
-        Ok(Box::new(FileWriter { store: self.clone(), key: key.clone(), temp: Some(temp) }))
+        Ok(Box::new(FileWriter {
+            store: self.clone(),
+            key: key.clone(),
+            temp: Some(temp),
+            unsynced: 0,
+            syncing: None,
+        }))
     }
 
     async fn get(&self, key: &ObjectKey, range: Option<Range<u64>>) -> Result<Bytes> {
@@ -93,8 +100,18 @@ impl SnapshotStore for Local {
     async fn read_into(&self, key: &ObjectKey, start: u64, mut buffer: BytesMut) -> Result<BytesMut> {
         let key = key.clone();
         self.on_disk(move |disk| {
-            disk.fill(&key, start, &mut buffer)?;
+            disk.fill(&key, start, &mut buffer, |_| {})?;
             Ok(buffer)
+        })
+        .await
+    }
+
+    async fn read_digested(&self, key: &ObjectKey, start: u64, mut buffer: BytesMut) -> Result<Digested> {
+        let key = key.clone();
+        self.on_disk(move |disk| {
+            let mut hasher = BlockHasher::default();
+            disk.fill(&key, start, &mut buffer, |piece| hasher.update(piece))?;
+            Ok(Digested { buffer, blocks: Some(hasher.finish()) })
         })
         .await
     }
@@ -115,25 +132,59 @@ impl SnapshotStore for Local {
     }
 }
 
+/// Bytes that are written before they are sent on to the disk while the next ones are written. Without that, the
+/// system keeps all of them until the end, and the disk idles meanwhile.
+const SYNC_EVERY: usize = 32 << 20;
+
 /// A temporary file that takes its place when it is finished.
 #[derive(Debug)]
 struct FileWriter {
     store: Local,
     key: ObjectKey,
     temp: Option<Temp>,
+    /// Bytes that no sync covers yet.
+    unsynced: usize,
+    syncing: Option<JoinHandle<Result<()>>>,
+}
+
+impl FileWriter {
+    /// Begins to sync what was written, unless that is being done.
+    async fn sync_early(&mut self, temp: &Temp) -> Result<()> {
+        if self.unsynced < SYNC_EVERY || self.syncing.as_ref().is_some_and(|sync| !sync.is_finished()) {
+            return Ok(());
+        }
+        self.synced().await?;
+        let sync = temp.sync_apart()?;
+        self.syncing = Some(tokio::spawn(blocking(sync)));
+        self.unsynced = 0;
+        Ok(())
+    }
+
+    /// Waits for the sync that was begun. The system tells of a failure once, so that its answer must not be lost.
+    async fn synced(&mut self) -> Result<()> {
+        match self.syncing.take() {
+            Some(sync) => {
+                sync.await.map_err(|error| Error::internal("a sync ended early").with_source(error))?
+            }
+            None => Ok(()),
+        }
+    }
 }
 
 #[async_trait]
 impl ObjectWriter for FileWriter {
     async fn write(&mut self, part: Bytes) -> Result<()> {
         let mut temp = self.temp.take().ok_or_else(lost)?;
+        self.unsynced += part.len();
         let temp = blocking(move || temp.append(&part).map(|()| temp)).await?;
+        self.sync_early(&temp).await?;
         self.temp = Some(temp);
         Ok(())
     }
 
     async fn finish(mut self: Box<Self>) -> Result<Version> {
         let temp = self.temp.take().ok_or_else(lost)?;
+        self.synced().await?;
         let temp = blocking(move || temp.sync().map(|()| temp)).await?;
         let slot = self.store.disk.slot(&self.key).await?;
         let key = self.key.clone();

@@ -54,6 +54,13 @@ impl Temp {
         self.file.sync_all().map_err(|error| self.fault(error))
     }
 
+    /// What syncs the bytes written so far while others are written.
+    pub(super) fn sync_apart(&self) -> Result<impl FnOnce() -> Result<()> + Send + 'static> {
+        let file = self.file.try_clone().map_err(|error| self.fault(error))?;
+        let path = self.path.clone();
+        Ok(move || file.sync_data().map_err(|error| unwritable(error, &path)))
+    }
+
     pub(super) fn file(&self) -> &File {
         &self.file
     }
@@ -68,8 +75,12 @@ impl Temp {
     }
 
     fn fault(&self, error: io::Error) -> towline_core::Error {
-        io_error(error, format_args!("the temporary file `{}` could not be written", self.path.display()))
+        unwritable(error, &self.path)
     }
+}
+
+fn unwritable(error: io::Error, path: &Path) -> towline_core::Error {
+    io_error(error, format_args!("the temporary file `{}` could not be written", path.display()))
 }
 
 impl Drop for Temp {

@@ -87,7 +87,7 @@ impl SnapshotRepo {
                 files.push(None);
                 continue;
             }
-            let key = self.key(info, &entry.path)?;
+            let key = self.file_key(info, entry)?;
             let index = match &codec {
                 None => read_header(&self.ops, &key, entry).await.map(FileIndex::Plain),
                 Some(_) => read_index(&self.ops, &key, entry).await.map(FileIndex::Encoded),
@@ -111,6 +111,14 @@ impl SnapshotRepo {
         link.check()?;
         Ok(link)
     }
+}
+
+/// Tensors that follow one another in a file.
+#[derive(Debug)]
+pub(super) struct Run {
+    file: usize,
+    range: Range<u64>,
+    tensors: Vec<usize>,
 }
 
 impl Link {
@@ -195,6 +203,67 @@ impl Link {
                 decoded.await.map_err(context)
             }
         }
+    }
+
+    /// Runs of tensors that follow one another in a plain file, of at most `limit` bytes or one tensor; `None` if some
+    /// file is not plain.
+    pub(super) fn plain_runs(&self, limit: usize) -> Option<Vec<Run>> {
+        let mut places = Vec::with_capacity(self.metas.len());
+        for (number, entry) in self.manifest.tensors.iter().enumerate() {
+            let Ok((_, FileIndex::Plain(header))) = self.file(entry) else { return None };
+            places.push((entry.file, header.get(&entry.name)?.range.clone(), number));
+        }
+        places.sort_by_key(|(file, range, number)| (*file, range.start, *number));
+        let mut runs: Vec<Run> = Vec::new();
+        for (file, range, number) in places {
+            match runs.last_mut() {
+                Some(run)
+                    if run.file == file
+                        && run.range.end == range.start
+                        && range.end - run.range.start <= limit as u64 =>
+                {
+                    run.range.end = range.end;
+                    run.tensors.push(number);
+                }
+                _ => runs.push(Run { file, range, tensors: vec![number] }),
+            }
+        }
+        Some(runs)
+    }
+
+    /// The tensors of a run, checked, each with its number.
+    pub(super) async fn read_run(&self, ops: &Ops, run: Run) -> Result<Vec<(usize, Bytes)>> {
+        let context = |error: Error| lost(error, &self.info);
+        let Run { file, range, tensors } = run;
+        let Some(Some((key, _))) = self.files.get(file) else {
+            return Err(Error::internal(format!("file {file} was asked for")));
+        };
+        let mut wanted = Vec::with_capacity(tensors.len());
+        for number in tensors {
+            let (Some(entry), Some(meta)) = (self.manifest.tensors.get(number), self.metas.get(number))
+            else {
+                return Err(Error::internal(format!(
+                    "tensor {number} of {} was asked for",
+                    self.metas.len()
+                )));
+            };
+            wanted.push((number, entry.digest, meta.clone()));
+        }
+        // The header tiles a file whose length was checked, so that this is no more than is stored.
+        let length = wanted.iter().map(|(.., meta)| meta.byte_len()).sum();
+        let data = ops.read_into(key, range.start, BytesMut::zeroed(length)).await.map_err(context)?;
+        let mut data = data.freeze();
+        let check = move || {
+            wanted
+                .into_iter()
+                .map(|(number, digest, meta)| {
+                    let data = data.split_to(meta.byte_len());
+                    same(TensorDigest::of(&data), digest, &meta).map(|()| (number, data))
+                })
+                .collect()
+        };
+        // A thread costs more than the digest of a small run.
+        if length <= towline_core::DIGEST_BLOCK { check() } else { blocking(check).await }.map_err(context)
     }
 
     fn file(&self, entry: &TensorEntry) -> Result<(&ObjectKey, &FileIndex)> {

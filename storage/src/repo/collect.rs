@@ -163,7 +163,7 @@ impl SnapshotRepo {
         // Listed after the tombstones were read: who took a lease before one was set is in here, and who took it
         // later has found the snapshot gone.
         let mut held = self.leased(now_ms).await?;
-        head.hold_parents(&mut held);
+        head.hold_needed(&mut held);
         let due = |tombstone: &Tombstone| {
             tombstone.since_ms.saturating_add(whole_ms(prune.grace)) <= now_ms
                 && !held.contains(&tombstone.info.seq)

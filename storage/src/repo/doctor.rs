@@ -77,8 +77,9 @@ impl SnapshotRepo {
         }
         findings.push(Finding::good(
             "uploads",
-            "those that a killed process left in parts cannot be listed from here; a rule of the bucket that aborts \
-             incomplete uploads after a day removes them",
+            "parts that a killed process left cannot be listed from here; the upload journal gives them up when the \
+             same machine uploads again, and a rule of the bucket that aborts incomplete uploads after a week those of \
+             machines that are gone",
         ));
         findings
     }

@@ -1,19 +1,18 @@
 //! A snapshot as a plain Hugging Face folder.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Write as _};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use bytes::Bytes;
 use towline_core::safetensors::{Header, layout};
 use towline_core::{Error, Result, TensorMeta};
 
 use super::SnapshotRepo;
 use super::files::{INDEX, cut, index_json, model_names, plain_metadata};
 use super::info::SnapshotInfo;
-use crate::io::{blocking, io_error};
-use crate::random::random;
+use crate::folder::{NewFolder, unwritten};
+use crate::io::blocking;
 
 impl SnapshotRepo {
     /// Writes the whole weights of a snapshot, and the files that were passed through, to the new folder `dir`. It is
@@ -59,15 +58,7 @@ impl SnapshotRepo {
             close(Some(blocking(move || Shard::create(path, run, &[])).await?)).await?;
         }
 
-        let mut files = Vec::new();
-        for link in chain.iter().rev() {
-            for entry in link.manifest.files.iter().filter(|entry| !entry.weights && entry.path != INDEX) {
-                files.push((entry.path.clone(), self.file(&link.info, &entry.path).await?));
-            }
-            if !files.is_empty() {
-                break;
-            }
-        }
+        let mut files = self.passed_through(&chain).await?;
         let total = metas.iter().map(|meta| meta.byte_len() as u64).sum();
         let places = shards.iter().flat_map(|(name, run)| {
             metas.get(run.clone()).unwrap_or_default().iter().map(|meta| (meta.name(), name.as_str()))
@@ -125,60 +116,4 @@ impl Shard {
         let seek = io::Seek::seek(&mut self.file, io::SeekFrom::Start(place));
         seek.and_then(|_| self.file.write_all(data)).map_err(|error| unwritten(error, &self.path))
     }
-}
-
-/// A folder that takes its name when it is whole and is removed otherwise.
-struct NewFolder {
-    path: PathBuf,
-    target: PathBuf,
-    kept: bool,
-}
-
-impl NewFolder {
-    fn beside(target: PathBuf) -> Result<Self> {
-        let is_empty = match fs::read_dir(&target) {
-            Ok(mut entries) => entries.next().is_none(),
-            Err(error) => error.kind() == io::ErrorKind::NotFound,
-        };
-        if !is_empty {
-            return Err(Error::already_exists(format!("`{}` exists and is not empty", target.display()))
-                .with_help("name a new folder"));
-        }
-        let Some(name) = target.file_name() else {
-            return Err(Error::invalid(format!("`{}` names no new folder", target.display())));
-        };
-        let path = target.with_file_name(format!(".{}.{:016x}", name.display(), random()));
-        fs::create_dir_all(&path).map_err(|error| unwritten(error, &path))?;
-        Ok(Self { path, target, kept: false })
-    }
-
-    fn write(&self, path: &str, body: &Bytes) -> Result<()> {
-        let path = self.path.join(path);
-        let folder = path.parent().map_or(Ok(()), fs::create_dir_all);
-        let written = folder.and_then(|()| File::create_new(&path)).and_then(|mut file| {
-            file.write_all(body)?;
-            file.sync_all()
-        });
-        written.map_err(|error| unwritten(error, &path))
-    }
-
-    fn keep(mut self) -> Result<()> {
-        let moved = fs::rename(&self.path, &self.target);
-        moved.map_err(|error| unwritten(error, &self.target))?;
-        self.kept = true;
-        Ok(())
-    }
-}
-
-impl Drop for NewFolder {
-    fn drop(&mut self) {
-        if !self.kept {
-            // It has a name of its own, so that a rest of it is in nobody's way.
-            let _ = fs::remove_dir_all(&self.path);
-        }
-    }
-}
-
-fn unwritten(error: io::Error, path: &Path) -> Error {
-    io_error(error, format_args!("`{}` could not be written", path.display()))
 }

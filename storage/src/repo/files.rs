@@ -11,8 +11,8 @@ use tokio::sync::mpsc::{self, Receiver, Sender};
 use towline_core::pipeline::Limits;
 use towline_core::safetensors::{Header, layout};
 use towline_core::{
-    Codec, ContentDigest, DIGEST_BLOCK, Error, FileEntry, Framing, ObjectKey, Result, TensorDigest,
-    TensorEntry, TensorMeta, TensorSource, block_digest,
+    Codec, ContentDigest, DIGEST_BLOCK, Error, FileEntry, Framing, ObjectKey, ObjectWriter, Result,
+    TensorDigest, TensorEntry, TensorMeta, TensorSource, block_digest,
 };
 
 use super::ops::Ops;
@@ -21,8 +21,13 @@ use crate::shard::{ShardSummary, Tally, write, write_shard};
 
 /// The file that says which file holds which tensor.
 pub(super) const INDEX: &str = "model.safetensors.index.json";
-/// Blocks of 1 MiB that wait for the store.
+/// Pieces of a file that wait for the store.
 const QUEUE: usize = 8;
+/// The most bytes of a piece: whole blocks, so that a wake-up of the writing thread is worth it.
+const PIECE: usize = 2 * DIGEST_BLOCK;
+/// The most bytes of a plain tensor that are read at once. Larger ones would gain nothing, and allocators keep
+/// what is freed in such sizes.
+const PART: usize = 8 * DIGEST_BLOCK;
 
 /// What to write, and how.
 pub(super) struct Work {
@@ -114,7 +119,7 @@ pub(super) fn plain_metadata() -> BTreeMap<String, String> {
     BTreeMap::from([("format".to_owned(), "pt".to_owned())])
 }
 
-/// Encodes `work` and writes its files below `folder`. At most some blocks of 1 MiB lie between the two.
+/// Encodes `work` and writes its files below `folder`. At most some pieces of 2 MiB lie between the two.
 pub(super) async fn write_files(ops: &Ops, folder: &ObjectKey, work: Work) -> Result<Written> {
     let (sender, mut receiver) = mpsc::channel(QUEUE);
     let encode = tokio::spawn(blocking(move || encode_all(&work, &sender)));
@@ -140,8 +145,8 @@ pub(super) async fn write_files(ops: &Ops, folder: &ObjectKey, work: Work) -> Re
 
 enum Event {
     Begin(String),
-    /// 1 MiB of the file; the last one may be shorter.
-    Block(Bytes),
+    /// Whole blocks of the file, at most [`PIECE`]; the last one of a file may be shorter.
+    Blocks(Bytes),
     End,
 }
 
@@ -155,19 +160,13 @@ async fn receive_all(ops: &Ops, folder: &ObjectKey, events: &mut Receiver<Event>
         let (mut bytes, mut digests) = (0, Vec::new());
         loop {
             match events.recv().await {
-                Some(Event::Block(block)) => {
-                    bytes += block.len() as u64;
-                    digests.push(block_digest(&block));
-                    ops.within(&key, writer.write(block)).await?;
+                Some(Event::Blocks(piece)) => {
+                    bytes += piece.len() as u64;
+                    digests.extend(piece.chunks(DIGEST_BLOCK).map(block_digest));
+                    ops.within(&key, writer.write(piece)).await?;
                 }
                 Some(Event::End) => {
-                    if let Err(error) = ops.within(&key, writer.finish()).await {
-                        // The answer alone may be lost. Nobody else writes under this name, and what is there is whole.
-                        let landed = ops.head(&key).await.is_ok_and(|found| found.size == bytes);
-                        if !landed {
-                            return Err(error);
-                        }
-                    }
+                    finish_file(ops, &key, writer, bytes).await?;
                     files.push(FileEntry::new(path, bytes, TensorDigest::of_blocks(digests), true));
                     break;
                 }
@@ -181,6 +180,21 @@ async fn receive_all(ops: &Ops, folder: &ObjectKey, events: &mut Receiver<Event>
         }
     }
     Ok(files)
+}
+
+/// Makes a written file visible, which nobody else writes under this name.
+pub(super) async fn finish_file(
+    ops: &Ops,
+    key: &ObjectKey,
+    writer: Box<dyn ObjectWriter>,
+    bytes: u64,
+) -> Result<()> {
+    let Err(error) = ops.within(key, writer.finish()).await else { return Ok(()) };
+    // The answer alone may be lost: what is there is whole.
+    match ops.head(key).await.is_ok_and(|found| found.size == bytes) {
+        true => Ok(()),
+        false => Err(error),
+    }
 }
 
 type Encoded = (Vec<TensorEntry>, ShardSummary, Vec<Place>);
@@ -216,8 +230,8 @@ fn encode_all(work: &Work, events: &Sender<Event>) -> Result<Encoded> {
     Ok((tensors, summary, places))
 }
 
-/// One plain safetensors file. Tensors above half of `window` are read in parts of as many bytes: one is on its way to
-/// the store while the next is read.
+/// One plain safetensors file. Large tensors are read in parts: one is on its way to the store while the next is read,
+/// and two are at most as large as `window`.
 fn write_plain(
     out: &mut Blocks<'_>,
     source: &dyn TensorSource,
@@ -229,7 +243,7 @@ fn write_plain(
     let metas: Vec<_> = order.iter().filter_map(|&index| tensors.get(index).cloned()).collect();
     let header = Header::encode(&metas, &plain_metadata())?;
     write(out, &header)?;
-    let part = (window / 2 / DIGEST_BLOCK).max(1) * DIGEST_BLOCK;
+    let part = ((window / 2).min(PART) / DIGEST_BLOCK).max(1) * DIGEST_BLOCK;
     let mut start = header.len() as u64;
     let mut found: Vec<_> = tensors.iter().map(|_| Place { start: 0, blocks: Vec::new() }).collect();
     for (index, meta) in order.into_iter().zip(&metas) {
@@ -317,14 +331,15 @@ impl<'a> Blocks<'a> {
             write(self, &data.split_to(space.min(data.len())))?;
         }
         while data.len() >= DIGEST_BLOCK {
-            send(self.events, Event::Block(data.split_to(DIGEST_BLOCK)))?;
+            let whole = data.len().min(PIECE) / DIGEST_BLOCK * DIGEST_BLOCK;
+            send(self.events, Event::Blocks(data.split_to(whole)))?;
         }
         write(self, &data)
     }
 
     fn flush_block(&mut self) -> Result<()> {
         let block = std::mem::replace(&mut self.buffer, BytesMut::with_capacity(DIGEST_BLOCK)).freeze();
-        send(self.events, Event::Block(block))
+        send(self.events, Event::Blocks(block))
     }
 
     fn end(mut self) -> Result<()> {

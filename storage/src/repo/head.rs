@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use towline_core::{
-    Error, ErrorKind, JobId, ObjectKey, PutMode, Result, SessionId, SnapshotId, TensorDigest, Version,
-    WriteId,
+    Error, ErrorKind, JobId, ObjectKey, PutMode, Result, SessionId, SnapshotId, SnapshotIdentity,
+    SnapshotName, TensorDigest, Version, WriteId,
 };
 
 use super::info::{SnapshotInfo, Wanted};
@@ -47,6 +47,9 @@ pub(super) struct Head {
     /// What exists no longer, and whose files are still to be deleted, by number. Since version 2.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) tombstones: Vec<Tombstone>,
+    /// What is damaged, by number: not found any more, and not deleted. Since version 2.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) quarantined: Vec<Quarantined>,
 }
 
 /// A promise to keep a snapshot.
@@ -69,6 +72,17 @@ pub(super) struct Tombstone {
     pub(super) info: SnapshotInfo,
     /// When it was given up: milliseconds since 1970 by the store's clock.
     pub(super) since_ms: u64,
+}
+
+/// A snapshot that was found damaged.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Quarantined {
+    pub(super) info: SnapshotInfo,
+    /// When it was found: milliseconds since 1970 by the store's clock.
+    pub(super) since_ms: u64,
+    /// What is wrong.
+    pub(super) why: String,
 }
 
 /// A state that was begun.
@@ -109,6 +123,7 @@ impl Head {
             pins: Vec::new(),
             pending: Vec::new(),
             tombstones: Vec::new(),
+            quarantined: Vec::new(),
         };
         let old = old.unwrap_or_else(empty);
         // What the writer before has begun, it can commit no more.
@@ -211,29 +226,75 @@ impl Head {
         self.live.binary_search_by_key(&seq, |info| info.seq).ok().and_then(|at| self.live.get(at))
     }
 
-    /// What exists or was given up, and has this number and identity.
-    pub(super) fn stored(&self, seq: u64, id: &SnapshotId) -> Option<&SnapshotInfo> {
+    /// What has files: it exists, was given up, or is in quarantine.
+    fn all(&self) -> impl Iterator<Item = &SnapshotInfo> {
         let dead = self.tombstones.iter().map(|tombstone| &tombstone.info);
-        self.live.iter().chain(dead).find(|info| info.seq == seq && info.id == *id)
+        self.live.iter().chain(dead).chain(self.quarantined.iter().map(|quarantined| &quarantined.info))
+    }
+
+    /// What has files, and this number and identity.
+    pub(super) fn stored(&self, seq: u64, id: &SnapshotId) -> Option<&SnapshotInfo> {
+        self.all().find(|info| info.seq == seq && info.id == *id)
+    }
+
+    /// What exists of `class` under this name: a train state by its name alone, a snapshot by its identity.
+    pub(super) fn named(
+        &self,
+        class: Wanted,
+        name: &SnapshotName,
+        identity: &SnapshotIdentity,
+    ) -> Option<&SnapshotInfo> {
+        self.live.iter().filter(|live| class.takes(live.kind)).find(|live| {
+            if class == Wanted::State { live.name == *name } else { live.id.identity == *identity }
+        })
+    }
+
+    /// Moves a snapshot out of the way.
+    pub(super) fn quarantine(&mut self, seq: u64, why: &str, since_ms: u64) {
+        let Ok(at) = self.live.binary_search_by_key(&seq, |info| info.seq) else { return };
+        let info = self.live.remove(at);
+        self.quarantined.push(Quarantined { info, since_ms, why: why.to_owned() });
+        self.quarantined.sort_by_key(|quarantined| quarantined.info.seq);
+    }
+
+    /// Moves a snapshot back. If it must stay: why.
+    pub(super) fn return_from_quarantine(&mut self, seq: u64) -> std::result::Result<(), String> {
+        let at = self.quarantined.iter().position(|quarantined| quarantined.info.seq == seq);
+        let Some((at, info)) = at.and_then(|at| Some((at, self.quarantined.get(at)?.info.clone()))) else {
+            return Ok(());
+        };
+        if let Some(other) = self.named(Wanted::class(info.kind), &info.name, &info.id.identity) {
+            return Err(format!("its name is that of number {} now", other.seq));
+        }
+        // What was given up loses its files one day.
+        if let Some(parent) = info.parent.as_ref().filter(|id| self.live.iter().all(|live| live.id != **id)) {
+            return Err(format!("it needs {parent}, which is not there"));
+        }
+        if let Some(dir) = info.shares.iter().find(|dir| self.live.iter().all(|live| live.dir != **dir)) {
+            return Err(format!("it shares tensors with `{dir}`, which is not there"));
+        }
+        self.quarantined.remove(at);
+        self.add(info);
+        Ok(())
     }
 
     /// Adds to `held`, numbers of snapshots, what was given up and they need.
-    pub(super) fn hold_parents(&self, held: &mut BTreeSet<u64>) {
-        // Parents have lower numbers than what needs them.
+    pub(super) fn hold_needed(&self, held: &mut BTreeSet<u64>) {
+        // What is needed has a lower number than what needs it.
         for Tombstone { info, .. } in self.tombstones.iter().rev() {
-            if let (true, Some(parent)) = (held.contains(&info.seq), &info.parent) {
-                let before = self.tombstones.iter().map(|tombstone| &tombstone.info);
-                let before = before.filter(|before| before.seq < info.seq && before.id == *parent);
-                held.extend(before.map(|before| before.seq));
+            if held.contains(&info.seq) {
+                let dead = self.tombstones.iter().map(|tombstone| &tombstone.info);
+                held.extend(dead.filter(|dead| info.needs(dead)).map(|dead| dead.seq));
             }
         }
     }
 
-    /// Whether a snapshot, one that was given up, or a state that was begun has the folder `dir`.
+    /// Whether something that has files, or a state that was begun has the folder `dir`.
     pub(super) fn knows(&self, dir: &str) -> bool {
-        let dead = self.tombstones.iter().map(|tombstone| &tombstone.info);
-        let stored = self.live.iter().chain(dead).map(|info| &info.dir);
-        stored.chain(self.pending.iter().map(|pending| &pending.dir)).any(|known| known.as_str() == dir)
+        self.all()
+            .map(|info| &info.dir)
+            .chain(self.pending.iter().map(|pending| &pending.dir))
+            .any(|known| known.as_str() == dir)
     }
 
     /// Adds what exists from now on, in its place by number.

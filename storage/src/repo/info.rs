@@ -1,6 +1,6 @@
 //! What the head knows of a snapshot.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use towline_core::{
@@ -41,6 +41,9 @@ pub struct SnapshotInfo {
     /// What it was measured by, for [`Retention::best`](crate::Retention).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metrics: BTreeMap<String, Metric>,
+    /// The folders of other train states in which some of its files lie. They stay as long as it does.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub shares: BTreeSet<ObjectKey>,
 }
 
 impl SnapshotInfo {
@@ -49,6 +52,11 @@ impl SnapshotInfo {
     #[must_use]
     pub fn is_expired(&self, now_ms: u64) -> bool {
         self.expires_ms.is_some_and(|expires| expires <= now_ms)
+    }
+
+    /// Whether it cannot be read without `other`, its parent or a state that it shares tensors with.
+    pub(super) fn needs(&self, other: &Self) -> bool {
+        other.seq < self.seq && (self.parent.as_ref() == Some(&other.id) || self.shares.contains(&other.dir))
     }
 }
 

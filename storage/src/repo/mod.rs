@@ -2,6 +2,7 @@
 
 mod background;
 mod boxes;
+mod catalog;
 mod chain;
 mod collect;
 mod doctor;
@@ -11,11 +12,16 @@ mod head;
 mod info;
 mod keep;
 mod ops;
+mod promote;
 mod publish;
 mod ranks;
+mod repair;
 mod reshard;
 mod restore;
 mod retain;
+mod share;
+#[cfg(feature = "slime")]
+mod slime;
 mod verify;
 mod writer;
 
@@ -28,8 +34,8 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 use towline_core::pipeline::Limits;
 use towline_core::{
-    Codec, CodecId, ContentDigest, Error, ErrorKind, JobId, MAX_MANIFEST, Manifest, ObjectKey, Result,
-    SnapshotRef, SnapshotStore, TensorDigest,
+    Codec, CodecId, ContentDigest, Error, ErrorKind, FileEntry, JobId, MAX_MANIFEST, Manifest, ObjectKey,
+    Result, SnapshotRef, SnapshotStore, TensorDigest,
 };
 
 use crate::random::now_ms;
@@ -42,11 +48,15 @@ pub use doctor::Finding;
 pub use head::{MAX_HEAD, Pin};
 pub use info::{Metric, SnapshotInfo, Wanted};
 pub use keep::Lease;
+pub use promote::Promote;
 pub use publish::{Publish, SaveTrainState};
 pub use ranks::{RankPart, RankReceipt, StateTicket};
-pub use reshard::StateReader;
+pub use repair::Repaired;
+pub use reshard::{BoxRead, StateReader};
 pub use restore::TrainState;
 pub use retain::{Best, Kept, Retention};
+#[cfg(feature = "slime")]
+pub use slime::Import;
 pub use verify::{Depth, Verified};
 pub use writer::{RankedSave, Writer};
 
@@ -222,12 +232,13 @@ impl SnapshotRepo {
     /// `NotFound`, naming the files that exist; `Corrupt` if it is damaged.
     pub async fn file(&self, info: &SnapshotInfo, path: &str) -> Result<Bytes> {
         let manifest = self.manifest(info).await?;
-        let Some(entry) = manifest.files.iter().find(|entry| entry.path == path) else {
-            let known: Vec<_> = manifest.files.iter().map(|entry| entry.path.as_str()).collect();
+        let own = || manifest.files.iter().filter(|entry| entry.dir.is_none());
+        let Some(entry) = own().find(|entry| entry.path == path) else {
+            let known: Vec<_> = own().map(|entry| entry.path.as_str()).collect();
             return Err(Error::not_found(format!("{} has no file `{}`", info.id, path.escape_debug()))
                 .with_help(format!("use one of {}", known.join(", "))));
         };
-        let key = self.key(info, path)?;
+        let key = self.file_key(info, entry)?;
         let size = self.ops.head(&key).await.map_err(|error| lost(error, info))?.size;
         if size != entry.bytes {
             return Err(Error::corrupt(format!("`{key}`: wanted {} bytes, found {size}", entry.bytes)));
@@ -248,6 +259,12 @@ impl SnapshotRepo {
         self.head_object()?.read().await?.ok_or_else(|| {
             Error::not_found(format!("job {} does not exist", self.job)).with_help("save a snapshot first")
         })
+    }
+
+    /// The key of a file of `info`.
+    fn file_key(&self, info: &SnapshotInfo, entry: &FileEntry) -> Result<ObjectKey> {
+        let dir = entry.dir.as_ref().unwrap_or(&info.dir);
+        ObjectKey::new(format!("{}/{dir}/{}", self.job, entry.path))
     }
 
     /// The key of a file in the folder of `info`.

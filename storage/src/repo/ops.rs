@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt as _;
 use towline_core::{
-    Error, ErrorKind, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result, SnapshotStore, Version,
+    Digested, Error, ErrorKind, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result, SnapshotStore, Version,
 };
 
 use crate::random::jitter;
 
 /// How long one operation on the store may take unless the caller says otherwise.
 pub(super) const DEADLINE: Duration = Duration::from_secs(600);
+/// How long files that are of no use any more may hold up the failure that made them so.
+const CLEAR: Duration = Duration::from_secs(10);
 
 /// A store whose every wait ends.
 #[derive(Debug, Clone)]
@@ -49,11 +51,31 @@ impl Ops {
 
     /// Fills `buffer` from byte `start`; see [`SnapshotStore::read_into`].
     pub(super) async fn read_into(&self, key: &ObjectKey, start: u64, buffer: BytesMut) -> Result<BytesMut> {
+        let read = |buffer| self.store.read_into(key, start, buffer);
+        self.filling(key, buffer, read).await
+    }
+
+    /// As [`Ops::read_into`], with the digests of the blocks where the store takes them.
+    pub(super) async fn read_digested(
+        &self,
+        key: &ObjectKey,
+        start: u64,
+        buffer: BytesMut,
+    ) -> Result<Digested> {
+        let read = |buffer| self.store.read_digested(key, start, buffer);
+        self.filling(key, buffer, read).await
+    }
+
+    async fn filling<T, F: Future<Output = Result<T>>>(
+        &self,
+        key: &ObjectKey,
+        mut buffer: BytesMut,
+        read: impl Fn(BytesMut) -> F,
+    ) -> Result<T> {
         let mut budget = Budget::new(self.deadline);
-        let mut buffer = buffer;
         loop {
             let length = buffer.len();
-            match self.within(key, self.store.read_into(key, start, buffer)).await {
+            match self.within(key, read(buffer)).await {
                 // The failed call took the buffer with it.
                 Err(error) if error.is_retryable() => {
                     budget.pause(error).await?;
@@ -128,6 +150,23 @@ impl Ops {
             }
             budget.pause(failed).await?;
         }
+    }
+
+    /// Removes what is under `prefix`, as far as the store lets it go at the first attempt.
+    pub(super) async fn clear(&self, prefix: &ObjectKey) {
+        let work = async {
+            let mut objects = self.store.list(Some(prefix));
+            let mut found = Vec::new();
+            while let Some(object) = objects.next().await.transpose()? {
+                found.push(object.key);
+            }
+            for key in found {
+                self.store.delete(&key).await?;
+            }
+            Ok(())
+        };
+        // Whoever calls this has a failure to tell of already.
+        let _kept = tokio::time::timeout(self.deadline.min(CLEAR), work).await.unwrap_or(Ok::<_, Error>(()));
     }
 
     pub(super) async fn writer(&self, key: &ObjectKey) -> Result<Box<dyn ObjectWriter>> {

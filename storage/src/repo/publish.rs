@@ -110,6 +110,7 @@ pub struct SaveTrainState {
     pub(super) ttl: Option<Duration>,
     pub(super) sections: serde_json::Map<String, serde_json::Value>,
     pub(super) metrics: BTreeMap<String, Metric>,
+    pub(super) shared: Option<SnapshotInfo>,
 }
 
 impl SaveTrainState {
@@ -122,6 +123,7 @@ impl SaveTrainState {
             ttl: None,
             sections: serde_json::Map::new(),
             metrics: BTreeMap::new(),
+            shared: None,
         }
     }
 
@@ -142,6 +144,15 @@ impl SaveTrainState {
     #[must_use]
     pub fn with_ttl(mut self, ttl: Option<Duration>) -> Self {
         self.ttl = ttl;
+        self
+    }
+
+    /// Refers to the tensors of the train state `earlier` whose bytes are the same, such as those of a frozen vision
+    /// tower, and does not write them again. The whole of `earlier` then stays as long as this state does, so that it
+    /// is best one that is kept anyway.
+    #[must_use]
+    pub fn with_shared(mut self, earlier: SnapshotInfo) -> Self {
+        self.shared = Some(earlier);
         self
     }
 

@@ -17,7 +17,9 @@ use towline_core::{
 use super::SnapshotRepo;
 use super::boxes::{Region, check_tiling};
 use super::files::{Place, Work, Written, cut, write_files};
+use super::info::SnapshotInfo;
 use super::ops::Ops;
+use super::share::{Shared, SharedBox, Sorted};
 use crate::random::random;
 
 /// The version of the stored form.
@@ -41,11 +43,19 @@ pub struct StateTicket {
     pub seq: u64,
     /// How many ranks write.
     pub ranks: NonZeroU32,
+    /// The earlier state whose tensors are referred to where they are the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shared: Option<SnapshotInfo>,
 }
 
 impl StateTicket {
     pub(super) fn new(job: JobId, name: SnapshotName, dir: ObjectKey, seq: u64, ranks: NonZeroU32) -> Self {
-        Self { job, name, dir, seq, ranks }
+        Self { job, name, dir, seq, ranks, shared: None }
+    }
+
+    pub(super) fn with_shared(mut self, shared: Option<SnapshotInfo>) -> Self {
+        self.shared = shared;
+        self
     }
 
     fn folder(&self) -> Result<ObjectKey> {
@@ -181,8 +191,21 @@ impl StoredBox {
 }
 
 impl RankIndex {
+    /// The files that its rank has written.
+    fn written(&self) -> impl Iterator<Item = &FileEntry> {
+        self.files.iter().filter(|file| file.dir.is_none())
+    }
+
     fn bytes(&self) -> u64 {
-        self.files.iter().map(|file| file.bytes).sum()
+        self.written().map(|file| file.bytes).sum()
+    }
+
+    /// Its stored form, and that one's digest.
+    pub(super) fn encode(&self) -> Result<(Bytes, TensorDigest)> {
+        let body = serde_json::to_vec(self)
+            .map_err(|error| Error::internal("a rank's index could not be written").with_source(error))?;
+        let digest = TensorDigest::of(&body);
+        Ok((body.into(), digest))
     }
 
     /// Whether both have the same tensors, wherever they lie.
@@ -266,23 +289,12 @@ impl SnapshotRepo {
             ))
             .with_help("give boxes for tensors of the source"));
         }
-        let places = part.places()?;
         // Its own name for each attempt: who reads an earlier one is not disturbed.
         let attempt = WriteId::from_random(random().to_be_bytes());
-        let files = |number| format!("rank-{rank}-{number}-{attempt}.safetensors");
-        let (entries, written) = self.write_state_files(&ticket.folder()?, &part.source, files).await?;
-        let index = RankIndex {
-            version: VERSION,
-            rank,
-            ranks: ticket.ranks,
-            files: written,
-            boxes: entries
-                .iter()
-                .zip(places)
-                .map(|((entry, stored), place)| StoredBox::new(entry, place, stored))
-                .collect(),
-        };
-        let (body, digest) = index_bytes(&index)?;
+        let name = |number| format!("rank-{rank}-{number}-{attempt}.safetensors");
+        let shared = self.shared(ticket.shared.as_ref()).await?;
+        let index = self.write_part(&ticket.folder()?, part, shared, (rank, ticket.ranks), name).await?;
+        let (body, digest) = index.encode()?;
         let key = ticket.index_key(rank)?;
         match self.ops.create(&key, &body).await {
             Ok(()) => Ok(RankReceipt { rank, digest, bytes: index.bytes() }),
@@ -294,7 +306,9 @@ impl SnapshotRepo {
                         .context(format_args!("rank {rank} has written other tensors for `{}`", ticket.name))
                         .with_help("begin a new state"));
                 }
-                for file in &index.files {
+                // If what is there was misread a moment ago, it is this attempt's own index.
+                let kept: BTreeSet<&str> = earlier.written().map(|file| file.path.as_str()).collect();
+                for file in index.written().filter(|file| !kept.contains(file.path.as_str())) {
                     self.ops.delete(&ticket.folder()?.join(&file.path)?).await?;
                 }
                 Ok(RankReceipt { rank, digest, bytes: earlier.bytes() })
@@ -303,23 +317,47 @@ impl SnapshotRepo {
         }
     }
 
-    /// Writes the tensors of `source` into files called by `name`.
-    pub(super) async fn write_state_files(
+    /// Writes the tensors of a part that `shared` does not have into files called by `name`. Its index is still to be
+    /// written.
+    pub(super) async fn write_part(
         &self,
         folder: &ObjectKey,
-        source: &Arc<dyn TensorSource>,
+        part: &RankPart,
+        shared: Shared,
+        (rank, ranks): (u32, NonZeroU32),
         name: impl Fn(usize) -> String,
-    ) -> Result<(Vec<(TensorEntry, Place)>, Vec<FileEntry>)> {
-        let runs = cut(source.tensors(), self.shard_bytes);
+    ) -> Result<RankIndex> {
+        let places = part.places()?;
+        let wanted = part.source.tensors().iter().zip(&places).map(|(meta, place)| {
+            let region = Region { offset: place.offset.clone(), shape: meta.shape().to_vec() };
+            (place.name.clone(), place.global.clone(), region)
+        });
+        let Sorted { there, new } = shared.sort(&part.source, wanted.collect()).await?;
+        let runs = cut(new.tensors(), self.shard_bytes);
         let work = Work {
-            weights: Arc::clone(source),
+            weights: new,
             parent: None,
             codec: None,
             limits: self.limits,
             shards: runs.into_iter().enumerate().map(|(number, run)| (name(number), run)).collect(),
         };
-        let Written { files, tensors, places, .. } = write_files(&self.ops, folder, work).await?;
-        Ok((tensors.into_iter().zip(places).collect(), files))
+        let Written { mut files, tensors, places: stored, .. } = write_files(&self.ops, folder, work).await?;
+        let mut written = tensors.iter().zip(&stored);
+        let mut boxes = Vec::with_capacity(places.len());
+        for (number, place) in places.into_iter().enumerate() {
+            if let Some(SharedBox { stored, file }) = there.get(&number) {
+                let known = files.iter().position(|known| known == file);
+                boxes.push(StoredBox { file: known.unwrap_or(files.len()), ..stored.clone() });
+                if known.is_none() {
+                    files.push(file.clone());
+                }
+            } else if let Some((entry, stored)) = written.next() {
+                boxes.push(StoredBox::new(entry, place, stored));
+            } else {
+                return Err(Error::internal(format!("tensor `{}` was not written", place.name)));
+            }
+        }
+        Ok(RankIndex { version: VERSION, rank, ranks, files, boxes })
     }
 
     /// The indexes of all ranks, in order, each waited for until `deadline`; with receipts, the ones that they name.
@@ -397,33 +435,6 @@ impl BoxPlace {
         let shape = meta.shape();
         Self { name: meta.name().to_owned(), global: shape.to_vec(), offset: vec![0; shape.len()] }
     }
-}
-
-/// The index of a state that one process writes alone: every tensor is whole.
-pub(super) fn single_index<'a>(
-    tensors: impl Iterator<Item = (&'a TensorEntry, &'a Place)>,
-    files: &[FileEntry],
-) -> Result<(Bytes, TensorDigest)> {
-    let whole = |(entry, stored): (&TensorEntry, &Place)| {
-        let offset = vec![0; entry.shape.len()];
-        let place = BoxPlace { name: entry.name.clone(), global: entry.shape.clone(), offset };
-        StoredBox::new(entry, place, stored)
-    };
-    let boxes = tensors.map(whole).collect();
-    index_bytes(&RankIndex {
-        version: VERSION,
-        rank: 0,
-        ranks: NonZeroU32::MIN,
-        files: files.to_vec(),
-        boxes,
-    })
-}
-
-fn index_bytes(index: &RankIndex) -> Result<(Bytes, TensorDigest)> {
-    let body = serde_json::to_vec(index)
-        .map_err(|error| Error::internal("a rank's index could not be written").with_source(error))?;
-    let digest = TensorDigest::of(&body);
-    Ok((body.into(), digest))
 }
 
 /// The tensors of all ranks: files, and one entry for each tensor, whose boxes tile it.

@@ -1,7 +1,6 @@
 //! Boxes of a train state's tensors, read by whoever needs them, however many ranks have written it.
 
 use std::collections::BTreeMap;
-use std::num::NonZeroU32;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -13,7 +12,7 @@ use towline_core::{
 
 use super::boxes::Region;
 use super::info::SnapshotInfo;
-use super::ranks::{RankIndex, StoredBox, index_path};
+use super::ranks::StoredBox;
 use super::{SnapshotRepo, lost};
 use crate::io::blocking;
 
@@ -56,25 +55,15 @@ impl SnapshotRepo {
     /// `Invalid` if `info` is a snapshot for samplers; `NotFound` if something of it is gone; `Corrupt` for damage.
     pub async fn open_state(&self, info: &SnapshotInfo) -> Result<StateReader> {
         let manifest = self.manifest(info).await?;
-        let ranks = NonZeroU32::new(manifest.ranks).ok_or_else(|| {
-            Error::invalid(format!("{} is a {}: wanted a train state with ranks", info.id, info.kind))
-                .with_help("name a train state")
-        })?;
         let mut tensors: BTreeMap<String, Parts> = BTreeMap::new();
-        for rank in 0..ranks.get() {
-            let path = index_path(rank);
-            let entry = manifest.files.iter().find(|file| file.path == path).ok_or_else(|| {
-                Error::corrupt(format!("{}: the index of rank {rank} is not among its files", info.id))
-            })?;
-            let key = self.key(info, &path)?;
-            let read = RankIndex::read(&self.ops, &key, rank, ranks, Some(&entry.digest)).await;
-            let (index, ..) = read.map_err(|error| lost(error, info))?;
+        for index in self.rank_indexes(info, &manifest).await? {
             for stored in index.boxes {
-                let file = index.files.get(stored.file).map(|file| file.path.as_str()).unwrap_or_default();
+                let file = index.files.get(stored.file);
+                let file = file.ok_or_else(|| Error::internal("a box in a file that is not listed"))?;
                 let meta = TensorMeta::new(&stored.name, stored.dtype, stored.global.clone())?;
                 let part = Part {
                     region: stored.region(),
-                    key: self.key(info, file)?,
+                    key: self.file_key(info, file)?,
                     length: stored.byte_len()?,
                     blocks: stored.blocks()?.map(Arc::from),
                     stored,
@@ -178,17 +167,26 @@ impl StateReader {
         Ok(buffer)
     }
 
-    /// Every tensor, whole.
-    pub(super) async fn read_all(&self) -> Result<Weights> {
-        let read: Vec<_> = self.tensors.values().map(|tensor| self.read_whole(&tensor.meta)).collect();
-        let read = futures_util::stream::iter(read);
-        Weights::new(read.buffered(TENSORS_AT_ONCE).try_collect::<Vec<_>>().await?)
+    /// As [`StateReader::read_into`] for many boxes, several at once; the buffers come back in the order of the boxes.
+    ///
+    /// # Errors
+    /// As [`StateReader::read_into`]. All the buffers are then gone.
+    pub async fn read_boxes(&self, boxes: Vec<BoxRead>) -> Result<Vec<BytesMut>> {
+        let reads = boxes.into_iter().map(async |wanted| {
+            let BoxRead { name, offset, shape, buffer } = wanted;
+            self.read_into(&name, &offset, &shape, buffer).await
+        });
+        several(reads.collect()).await
     }
 
-    async fn read_whole(&self, meta: &TensorMeta) -> Result<(TensorMeta, Bytes)> {
-        let offset = vec![0; meta.shape().len()];
-        let data = self.read(meta.name(), &offset, meta.shape()).await?;
-        Ok((meta.clone(), data.freeze()))
+    /// Every tensor, whole.
+    pub(super) async fn read_all(&self) -> Result<Weights> {
+        let read = self.tensors.values().map(async |tensor| {
+            let meta = tensor.meta.clone();
+            let data = self.read(meta.name(), &vec![0; meta.shape().len()], meta.shape()).await?;
+            Ok((meta, data.freeze()))
+        });
+        Weights::new(several(read.collect()).await?)
     }
 
     fn wanted(&self, name: &str, offset: &[usize], shape: &[usize]) -> Result<(&Parts, Region, usize)> {
@@ -230,8 +228,11 @@ impl StateReader {
     }
 
     async fn fill(&self, job: Job<'_>, here: BytesMut, behind: BytesMut) -> Result<(BytesMut, BytesMut)> {
-        let read = self.repo.ops.read_into(&job.part.key, job.file_start(), here).await?;
-        Ok((job.check(read).await?, behind))
+        let read = self.repo.ops.read_digested(&job.part.key, job.file_start(), here).await?;
+        match read.blocks {
+            Some(found) => job.check_blocks(found).map(|()| (read.buffer, behind)),
+            None => Ok((job.check(read.buffer).await?, behind)),
+        }
     }
 
     async fn fetch<'a>(&self, job: Job<'a>) -> Result<(Bytes, Job<'a>)> {
@@ -242,6 +243,45 @@ impl StateReader {
         }
         Ok((job.check(bytes).await?, job))
     }
+}
+
+/// A box of a tensor that is wanted, and the memory that it goes to.
+#[derive(Debug)]
+pub struct BoxRead {
+    name: String,
+    offset: Vec<usize>,
+    shape: Vec<usize>,
+    buffer: BytesMut,
+}
+
+impl BoxRead {
+    /// The box of `shape` from `offset`, in elements along each dimension, of tensor `name`, into `buffer`, which must be
+    /// as long as the box.
+    pub fn new(
+        name: impl Into<String>,
+        offset: impl Into<Vec<usize>>,
+        shape: impl Into<Vec<usize>>,
+        buffer: BytesMut,
+    ) -> Self {
+        Self { name: name.into(), offset: offset.into(), shape: shape.into(), buffer }
+    }
+
+    /// All of `tensor`, into `buffer`.
+    #[must_use]
+    pub fn whole(tensor: &TensorMeta, buffer: BytesMut) -> Self {
+        Self::new(tensor.name(), vec![0; tensor.shape().len()], tensor.shape(), buffer)
+    }
+}
+
+/// What the reads of tensors give, in their order. One that ends makes room for the next even while an earlier one
+/// goes on: a large tensor does not hold up small ones.
+async fn several<T, F: Future<Output = Result<T>>>(reads: Vec<F>) -> Result<Vec<T>> {
+    let reads: Vec<_> =
+        reads.into_iter().enumerate().map(async |(at, read)| Ok::<_, Error>((at, read.await?))).collect();
+    let mut done: Vec<(usize, T)> =
+        futures_util::stream::iter(reads).buffer_unordered(TENSORS_AT_ONCE).try_collect().await?;
+    done.sort_by_key(|(at, _)| *at);
+    Ok(done.into_iter().map(|(_, read)| read).collect())
 }
 
 /// Bytes of a box that are wanted, and where.
@@ -284,24 +324,40 @@ impl Job<'_> {
         self.pieces.last().is_some_and(|last| last.from.end == from && last.to + last.from.len() == to)
     }
 
+    /// Checks the digests of its blocks.
+    fn check_blocks(&self, found: Vec<u128>) -> Result<()> {
+        let Part { blocks, stored, .. } = self.part;
+        let wanted = blocks.as_ref().and_then(|blocks| blocks.get(self.blocks.clone()));
+        matches(wanted, stored.digest, found.into_iter())
+    }
+
     /// Checks what was read.
     async fn check<B: AsRef<[u8]> + Send + 'static>(&self, bytes: B) -> Result<B> {
         let (blocks, range, digest) =
             (self.part.blocks.clone(), self.blocks.clone(), self.part.stored.digest);
         let check = move || {
             let found = bytes.as_ref().chunks(DIGEST_BLOCK).map(block_digest);
-            let good = match blocks {
-                Some(blocks) => blocks.get(range).is_some_and(|wanted| found.eq(wanted.iter().copied())),
-                // One block at most: its digest is that of the box.
-                None => TensorDigest::of_blocks(found) == digest,
-            };
-            if good {
-                return Ok(bytes);
-            }
-            Err(Error::corrupt("a block does not match its digest").with_help("load another state"))
+            let wanted = blocks.as_ref().and_then(|blocks| blocks.get(range));
+            matches(wanted, digest, found).map(|()| bytes)
         };
         if self.bytes().len() <= DIGEST_BLOCK { check() } else { blocking(check).await }
     }
+}
+
+/// Whether blocks have the digests `wanted`, or without any, as one block at most, the `digest` of the box.
+fn matches(
+    wanted: Option<&[u128]>,
+    digest: TensorDigest,
+    found: impl ExactSizeIterator<Item = u128>,
+) -> Result<()> {
+    let good = match wanted {
+        Some(wanted) => found.eq(wanted.iter().copied()),
+        None => found.len() <= 1 && TensorDigest::of_blocks(found) == digest,
+    };
+    if good {
+        return Ok(());
+    }
+    Err(Error::corrupt("a block does not match its digest").with_help("load another state"))
 }
 
 /// Cuts what is wanted of a box into reads of whole blocks: neighbours together, none too long.

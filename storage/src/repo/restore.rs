@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::future::try_join_all;
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use towline_core::{
     ContentDigest, Error, Manifest, Result, SnapshotKind, TensorDigest, TensorMeta, Weights, same_tensors,
 };
@@ -15,6 +16,8 @@ use crate::io::blocking;
 
 /// Tensors in work at once, within the window of bytes.
 const AT_ONCE: usize = 8;
+/// The most bytes of plain tensors that are read together: less than this costs a request no less.
+const READ: usize = 8 << 20;
 
 /// A train state, checked.
 #[derive(Debug, Clone, PartialEq)]
@@ -123,14 +126,31 @@ impl SnapshotRepo {
 
     async fn restore_link(&self, info: &SnapshotInfo) -> Result<(Manifest, Weights)> {
         let chain = self.open_chain(info).await?;
-        let mut tensors = Vec::new();
-        for batch in self.batches(&chain) {
-            tensors.extend(self.restore_batch(&chain, batch).await?);
-        }
-        let weights = Weights::new(tensors)?;
+        let weights = Weights::new(self.restore_all(&chain).await?)?;
         let last = chain.into_iter().next_back();
         let manifest = last.map(|link| link.manifest).ok_or_else(|| Error::internal("a chain of nothing"))?;
         Ok((manifest, weights))
+    }
+
+    /// Every tensor. Those of a plain base that follow one another in a file are read together.
+    async fn restore_all(&self, chain: &[Link]) -> Result<Vec<(TensorMeta, Bytes)>> {
+        let plain = match chain {
+            [base] => base.plain_runs(READ),
+            _ => None,
+        };
+        let (Some(runs), [base]) = (plain, chain) else {
+            let mut tensors = Vec::new();
+            for batch in self.batches(chain) {
+                tensors.extend(self.restore_batch(chain, batch).await?);
+            }
+            return Ok(tensors);
+        };
+        // Collected first: a stream of closures that borrow could not be sent to another thread.
+        let reads: Vec<_> = runs.into_iter().map(|run| base.read_run(&self.ops, run)).collect();
+        let read: Vec<_> = stream::iter(reads).buffer_unordered(AT_ONCE).try_collect().await?;
+        let mut tensors: Vec<_> = read.into_iter().flatten().collect();
+        tensors.sort_by_key(|(number, _)| *number);
+        Ok(base.metas.iter().cloned().zip(tensors.into_iter().map(|(_, data)| data)).collect())
     }
 
     /// Runs of tensors that fit in the window together, at least one tensor each.
@@ -160,7 +180,8 @@ impl SnapshotRepo {
         try_join_all(batch.map(|number| self.restore_tensor(chain, number))).await
     }
 
-    async fn restore_tensor(&self, chain: &[Link], number: usize) -> Result<(TensorMeta, Bytes)> {
+    /// One tensor, through the whole chain.
+    pub(super) async fn restore_tensor(&self, chain: &[Link], number: usize) -> Result<(TensorMeta, Bytes)> {
         let mut data = BytesMut::new();
         for link in chain {
             data = link.step(&self.ops, number, data, self.limits.threads).await?;

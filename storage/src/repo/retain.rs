@@ -17,7 +17,7 @@ pub(super) const SKEW: Duration = Duration::from_secs(300);
 /// Which snapshots and states a job keeps. Without a rule for a kind, all of it stays until it expires.
 ///
 /// Whatever the rules, these stay: what is pinned or leased, the newest train state, and what something that stays
-/// needs as its parent. An expiry goes before the rules.
+/// needs as its parent or for a tensor that it shares. An expiry goes before the rules.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Retention {
@@ -168,13 +168,13 @@ pub(super) fn kept(
     for pin in &head.pins {
         kept.insert(pin.seq, Kept::Pinned(pin.id.clone()));
     }
-    // Parents have lower numbers than what needs them.
+    // What is needed has a lower number than what needs it.
     for (at, info) in head.live.iter().enumerate().rev() {
-        if let (true, Some(parent)) = (kept.contains_key(&info.seq), &info.parent) {
-            let before = head.live.iter().take(at).filter(|before| before.id == *parent);
-            for parent in before {
-                kept.entry(parent.seq).or_insert(Kept::NeededBy(info.seq));
-            }
+        if !kept.contains_key(&info.seq) {
+            continue;
+        }
+        for needed in head.live.iter().take(at).filter(|before| info.needs(before)) {
+            kept.entry(needed.seq).or_insert(Kept::NeededBy(info.seq));
         }
     }
     kept

@@ -111,7 +111,7 @@ impl SnapshotRepo {
     }
 
     async fn verify_size(&self, info: &SnapshotInfo, entry: &FileEntry) -> Result<ObjectKey> {
-        let key = self.key(info, &entry.path)?;
+        let key = self.file_key(info, entry)?;
         let size = self.ops.head(&key).await?.size;
         if size == entry.bytes {
             return Ok(key);

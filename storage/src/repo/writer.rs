@@ -20,7 +20,7 @@ use super::files::{INDEX, Work, Written, cut, cut_like, index_json, model_names,
 use super::head::{Fence, Head, HeadObject, Pending};
 use super::info::{Metric, SnapshotInfo, Wanted};
 use super::publish::{Publish, SaveTrainState};
-use super::ranks::{RankReceipt, StateTicket, assemble, index_path, single_index};
+use super::ranks::{RankIndex, RankPart, RankReceipt, StateTicket, assemble, index_path};
 use crate::random::{now_ms, random, whole_ms};
 use crate::shard::check_mode;
 
@@ -113,6 +113,7 @@ impl Writer {
             metadata,
             sections: serde_json::Map::new(),
             metrics,
+            shared: None,
         };
         let (info, manifest) = Box::pin(self.save(save)).await?;
         Ok(self.repo.reference(&info, &manifest))
@@ -159,7 +160,8 @@ impl Writer {
         let Pending { seq, dir, .. } =
             self.head.replace(change, |head| head.pending.iter().find(begun).cloned()).await?;
         *lowest = seq + 1;
-        let ticket = StateTicket::new(self.repo.job.clone(), save.name.clone(), dir, seq, ranks);
+        let ticket = StateTicket::new(self.repo.job.clone(), save.name.clone(), dir, seq, ranks)
+            .with_shared(save.shared.clone());
         Ok(RankedSave { writer: self, ticket, write_id, save })
     }
 
@@ -177,8 +179,25 @@ impl Writer {
         let dir = ObjectKey::new(format!("{}/{seq:08}-{}-{write_id}", class.folder(), save.name))?;
         let folder = ObjectKey::new(format!("{}/{dir}", self.repo.job))?;
 
-        let lineage = self.lineage(&save).await?;
-        let shards = self.shards(&save, lineage.as_ref().map(|(_, _, manifest)| manifest));
+        let content = match self.write(&save, &folder).await {
+            Ok(content) => content,
+            Err(error) => {
+                // Nothing names these files yet. If they cannot be deleted now, they are when they are old.
+                self.repo.ops.clear(&folder).await;
+                return Err(error);
+            }
+        };
+        *lowest = seq + 1;
+        self.seal(&save, Place { seq, dir, write_id, reserved: false }, content).await
+    }
+
+    /// Writes all files of `save` but the manifest.
+    async fn write(&self, save: &Save, folder: &ObjectKey) -> Result<Content> {
+        if save.kind == SnapshotKind::State {
+            return self.write_alone(save, folder).await;
+        }
+        let lineage = self.lineage(save).await?;
+        let shards = self.shards(save, lineage.as_ref().map(|(_, _, manifest)| manifest));
         let work = Work {
             weights: Arc::clone(&save.weights),
             parent: save.parent.as_ref().map(|(_, weights)| Arc::clone(weights)),
@@ -186,8 +205,8 @@ impl Writer {
             limits: self.repo.limits,
             shards,
         };
-        let Written { mut files, tensors, places, raw_bytes, changed, parent } =
-            write_files(&self.repo.ops, &folder, work).await?;
+        let Written { mut files, tensors, raw_bytes, changed, parent, .. } =
+            write_files(&self.repo.ops, folder, work).await?;
         if let Some((named, _)) = &save.parent
             && parent != Some(named.id.digest)
         {
@@ -199,16 +218,10 @@ impl Writer {
             .with_help("publish a base"));
         }
         let mut extra = save.files.clone();
-        if class == Wanted::Sampler && save.codec.is_none() {
+        if save.codec.is_none() {
             let path = |file: usize| files.get(file).map_or("", |file| file.path.as_str());
             let places = tensors.iter().map(|tensor| (tensor.name.as_str(), path(tensor.file)));
             extra.push((INDEX.to_owned(), index_json(raw_bytes, places)?));
-        }
-        let mut ranks = 0;
-        if class == Wanted::State {
-            let (body, _) = single_index(tensors.iter().zip(&places), &files)?;
-            extra.push((index_path(0), body));
-            ranks = 1;
         }
         let lineage = lineage.map(|(parent, base, _)| (parent, base));
         for (path, body) in extra {
@@ -216,9 +229,19 @@ impl Writer {
             files.push(FileEntry::new(path, body.len() as u64, TensorDigest::of(&body), false));
         }
 
-        let content = Content { files, tensors, raw_bytes, changed: Some(changed), ranks, lineage };
-        *lowest = seq + 1;
-        self.seal(&save, Place { seq, dir, write_id, reserved: false }, content).await
+        Ok(Content { files, tensors, raw_bytes, changed: Some(changed), ranks: 0, lineage })
+    }
+
+    /// Writes all files of a train state but the manifest, as its only rank.
+    async fn write_alone(&self, save: &Save, folder: &ObjectKey) -> Result<Content> {
+        let part = RankPart::new(Arc::clone(&save.weights));
+        let shared = self.repo.shared(save.shared.as_ref()).await?;
+        let name = |number| format!("rank-0-{number}.safetensors");
+        let index = self.repo.write_part(folder, &part, shared, (0, NonZeroU32::MIN), name).await?;
+        let (body, digest) = index.encode()?;
+        self.repo.ops.create(&folder.join(&index_path(0))?, &body).await?;
+        let entry = FileEntry::new(index_path(0), body.len() as u64, digest, false);
+        Content::of_ranks(&[(index, entry)])
     }
 
     /// Writes the manifest of files that are all there, and commits.
@@ -260,6 +283,7 @@ impl Writer {
             }
         };
 
+        let own = manifest.files.iter().filter(|file| file.dir.is_none());
         let info = SnapshotInfo {
             seq,
             kind: save.kind,
@@ -271,10 +295,11 @@ impl Writer {
             created_ms,
             expires_ms,
             step: save.step,
-            stored_bytes: manifest.files.iter().map(|file| file.bytes).sum(),
+            stored_bytes: own.map(|file| file.bytes).sum(),
             full_bytes: raw_bytes,
             codec: manifest.codec.clone(),
             metrics: save.metrics.clone(),
+            shares: manifest.files.iter().filter_map(|file| file.dir.clone()).collect(),
         };
         self.commit(save, &info, reserved).await?;
         Ok((info, manifest))
@@ -318,11 +343,7 @@ impl Writer {
         head.check_fence(&self.fence)?;
         let class = Wanted::class(save.kind);
         let identity = SnapshotIdentity::of(&save.name, &self.fence.session);
-        let taken = head.live.iter().find(|info| {
-            class.takes(info.kind)
-                && if class == Wanted::State { info.name == save.name } else { info.id.identity == identity }
-        });
-        if let Some(info) = taken {
+        if let Some(info) = head.named(class, &save.name, &identity) {
             return Err(Error::already_exists(format!(
                 "job {} has a {} called {} with number {}",
                 self.repo.job,
@@ -331,6 +352,15 @@ impl Writer {
                 info.seq
             ))
             .with_help("choose another name"));
+        }
+        if let Some(shared) = &save.shared
+            && head.live.iter().all(|info| info.dir != shared.dir)
+        {
+            return Err(Error::not_found(format!(
+                "{}, which tensors were to be shared with, does not exist in job {}",
+                shared.id, self.repo.job
+            ))
+            .with_help("share nothing, or with a state that stays"));
         }
         match &save.parent {
             Some((parent, _))
@@ -375,13 +405,6 @@ impl Writer {
             .filter(|parent| parent.tensors.len() == tensors.len())
             .and_then(|parent| cut_like(&parent.tensors));
         let runs = like_parent.unwrap_or_else(|| cut(tensors, self.repo.shard_bytes));
-        if save.kind == SnapshotKind::State {
-            return runs
-                .into_iter()
-                .enumerate()
-                .map(|(number, run)| (format!("rank-0-{number}.safetensors"), run))
-                .collect();
-        }
         model_names(runs, save.codec.as_deref())
     }
 }
@@ -415,13 +438,7 @@ impl RankedSave<'_> {
     pub async fn commit(self, receipts: &[RankReceipt], deadline: Duration) -> Result<SnapshotInfo> {
         let Self { writer, ticket, write_id, save } = self;
         let indexes = writer.repo.collect_ranks(&ticket, receipts, deadline).await?;
-        let (files, tensors) = assemble(&indexes)?;
-        let mut raw_bytes = 0;
-        for entry in &tensors {
-            raw_bytes += entry.meta()?.byte_len() as u64;
-        }
-        let ranks = ticket.ranks.get();
-        let content = Content { files, tensors, raw_bytes, changed: None, ranks, lineage: None };
+        let content = Content::of_ranks(&indexes)?;
         let place = Place { seq: ticket.seq, dir: ticket.dir, write_id, reserved: true };
         Ok(Box::pin(writer.seal(&save, place, content)).await?.0)
     }
@@ -446,6 +463,20 @@ struct Content {
     lineage: Option<(ParentRef, BaseRef)>,
 }
 
+impl Content {
+    /// A train state of the parts of all its ranks.
+    fn of_ranks(indexes: &[(RankIndex, FileEntry)]) -> Result<Self> {
+        let (files, tensors) = assemble(indexes)?;
+        let mut raw_bytes = 0;
+        for entry in &tensors {
+            raw_bytes += entry.meta()?.byte_len() as u64;
+        }
+        let ranks =
+            u32::try_from(indexes.len()).map_err(|_| Error::internal("more ranks than can be told"))?;
+        Ok(Self { files, tensors, raw_bytes, changed: None, ranks, lineage: None })
+    }
+}
+
 /// What both kinds of saves come down to.
 struct Save {
     name: SnapshotName,
@@ -459,11 +490,12 @@ struct Save {
     metadata: BTreeMap<String, String>,
     sections: serde_json::Map<String, serde_json::Value>,
     metrics: BTreeMap<String, Metric>,
+    shared: Option<SnapshotInfo>,
 }
 
 impl Save {
     fn of_state(state: SaveTrainState) -> Self {
-        let SaveTrainState { name, tensors, step, ttl, sections, metrics } = state;
+        let SaveTrainState { name, tensors, step, ttl, sections, metrics, shared } = state;
         Self {
             name,
             kind: SnapshotKind::State,
@@ -476,6 +508,7 @@ impl Save {
             metadata: BTreeMap::new(),
             sections,
             metrics,
+            shared,
         }
     }
 }

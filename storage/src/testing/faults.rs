@@ -10,8 +10,8 @@ use futures_util::future::{Either, select};
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tokio::sync::watch;
 use towline_core::{
-    BoxStream, Error, ErrorKind, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result, SnapshotStore,
-    Version, async_trait,
+    BoxStream, Digested, Error, ErrorKind, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result,
+    SnapshotStore, Version, async_trait,
 };
 
 use super::plan::{Fault, Mix, Operation, Plan};
@@ -181,6 +181,10 @@ impl SnapshotStore for FaultStore {
             _ => {}
         }
         Ok(buffer)
+    }
+
+    async fn read_digested(&self, key: &ObjectKey, start: u64, buffer: BytesMut) -> Result<Digested> {
+        Ok(Digested { buffer: self.read_into(key, start, buffer).await?, blocks: None })
     }
 
     async fn head(&self, key: &ObjectKey) -> Result<ObjectInfo> {

@@ -9,8 +9,8 @@ use bytes::{Bytes, BytesMut};
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tokio::sync::watch;
 use towline_core::{
-    BoxStream, Error, ErrorKind, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result, SnapshotStore,
-    Version, async_trait,
+    BoxStream, Digested, Error, ErrorKind, ObjectInfo, ObjectKey, ObjectWriter, PutMode, Result,
+    SnapshotStore, Version, async_trait,
 };
 
 /// How long a put that has looked waits for another one.
@@ -118,6 +118,10 @@ impl SnapshotStore for LyingStore {
 
     async fn read_into(&self, key: &ObjectKey, start: u64, buffer: BytesMut) -> Result<BytesMut> {
         self.inner.read_into(key, start, buffer).await
+    }
+
+    async fn read_digested(&self, key: &ObjectKey, start: u64, buffer: BytesMut) -> Result<Digested> {
+        Ok(Digested { buffer: self.read_into(key, start, buffer).await?, blocks: None })
     }
 
     async fn head(&self, key: &ObjectKey) -> Result<ObjectInfo> {

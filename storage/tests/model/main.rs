@@ -8,7 +8,7 @@ mod common;
 mod rules;
 
 use std::cell::OnceCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU32;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -43,7 +43,8 @@ enum Op {
     Base(Save),
     /// On a snapshot that is live, or on one that was.
     Delta(Save, u8, bool),
-    State(Save),
+    /// With what it shares tensors with, and whether that is gone.
+    State(Save, Option<(u8, bool)>),
     Begin(Save),
     /// One rank writes, or both.
     Rank(u8, Option<bool>),
@@ -100,7 +101,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (1u8..3).prop_map(Op::Open),
         8 => save().prop_map(Op::Base),
         12 => (save(), pick(), prop::bool::weighted(0.1)).prop_map(|(save, at, dead)| Op::Delta(save, at, dead)),
-        5 => save().prop_map(Op::State),
+        6 => (save(), prop::option::of((pick(), prop::bool::weighted(0.1)))).prop_map(|(save, with)| Op::State(save, with)),
         6 => save().prop_map(Op::Begin),
         8 => (pick(), prop::option::of(any::<bool>())).prop_map(|(at, rank)| Op::Rank(at, rank)),
         4 => (pick(), any::<bool>(), any::<bool>()).prop_map(|(at, receipts, all)| Op::Commit(at, receipts, all)),
@@ -137,7 +138,15 @@ fn the_repo_and_its_model_agree() {
     outcome.unwrap();
     println!("crash-matrix: {figures}");
     if cases >= 64 {
-        for what in ["given up", "deleted", "fenced", "orphans", "committed by ranks", "read when given up"] {
+        for what in [
+            "given up",
+            "deleted",
+            "fenced",
+            "orphans",
+            "committed by ranks",
+            "read when given up",
+            "states that share",
+        ] {
             assert!(counts.get(what) > Some(&5), "{what}: {counts:?}");
         }
     }
@@ -147,10 +156,11 @@ fn weights(text: &str) -> Arc<Weights> {
     let tensor = |part: &str, seed: &str, rows: usize| {
         (TensorMeta::new(part, DType::F32, [rows, 8]).unwrap(), noise(&format!("{part} {seed}"), rows * 32))
     };
-    Arc::new(Weights::new([tensor("a", text, 5), tensor("b", "same", 3), tensor("c", text, 2)]).unwrap())
+    let (a, b) = (tensor("a", text, 5), tensor("b", "same", 3));
+    Arc::new(Weights::new([a, b, tensor("c", text, 2), tensor("d", "same", 1)]).unwrap())
 }
 
-/// Its half of the rows of `a`, `b` and `c`.
+/// Its half of the rows of each tensor; of `d` the second one has all.
 fn part(text: &str, second: bool) -> RankPart {
     let weights = weights(text);
     let mut boxes = Vec::new();
@@ -182,12 +192,18 @@ fn at<T>(list: &[T], pick: u8) -> Option<usize> {
     usize::from(pick).checked_rem(list.len())
 }
 
+/// The boxes that are the same in all states that one process has written, and in all of two ranks.
+const ALONE: [&str; 2] = ["b", "d"];
+const RANKED: [&str; 3] = ["first half of b", "second half of b", "d"];
+
 /// A snapshot that was published at some time.
 struct Record {
     info: SnapshotInfo,
     /// What its weights are made from.
     text: String,
     files: Vec<(ObjectKey, Version)>,
+    /// For a train state: whose folder has which of the boxes that are the same in all of them.
+    origins: BTreeMap<&'static str, u64>,
 }
 
 /// A state that was begun.
@@ -257,17 +273,14 @@ impl<'a> Run<'a> {
             Op::Open(session) => self.open(*session).await,
             Op::Base(save) => self.publish(save, None).await,
             Op::Delta(save, pick, dead) => {
-                let is_it = |record: &&Record| {
-                    record.info.kind != SnapshotKind::State
-                        && self.model.live.contains_key(&record.info.seq) != *dead
-                };
-                let candidates: Vec<_> =
-                    self.records.values().filter(is_it).map(|record| record.info.seq).collect();
-                if let Some(place) = at(&candidates, *pick) {
-                    self.publish(save, Some(candidates[place])).await;
+                if let Some(parent) = self.pick(*pick, false, *dead) {
+                    self.publish(save, Some(parent)).await;
                 }
             }
-            Op::State(save) => self.save_state(save).await,
+            Op::State(save, with) => {
+                let shared = with.and_then(|(pick, dead)| self.pick(pick, true, dead));
+                self.save_state(save, shared).await;
+            }
             Op::Begin(save) => self.begin(save).await,
             Op::Rank(pick, second) => self.rank(*pick, *second).await,
             Op::Commit(pick, receipts, all) => self.commit(*pick, *receipts, *all).await,
@@ -338,6 +351,16 @@ impl<'a> Run<'a> {
     /// The number of something that is or was there.
     fn ever(&self, pick: u8) -> Option<u64> {
         let all: Vec<_> = self.records.keys().copied().collect();
+        at(&all, pick).map(|place| all[place])
+    }
+
+    /// A train state or a snapshot for samplers, live or given up.
+    fn pick(&self, pick: u8, state: bool, dead: bool) -> Option<u64> {
+        let is_it = |record: &&Record| {
+            (record.info.kind == SnapshotKind::State) == state
+                && self.model.live.contains_key(&record.info.seq) != dead
+        };
+        let all: Vec<_> = self.records.values().filter(is_it).map(|record| record.info.seq).collect();
         at(&all, pick).map(|place| all[place])
     }
 
@@ -413,7 +436,7 @@ impl<'a> Run<'a> {
             Ok(reference) => {
                 assert!(!taken && !parentless, "{save:?} on {parent:?}");
                 let found = self.repo.find(reference.id.identity.as_str(), Wanted::Sampler).await.unwrap();
-                self.added(found, save, session, parent, text).await;
+                self.added(found, save, session, parent.into_iter().collect(), text).await;
             }
             Err(error) => {
                 let wanted = if taken { ErrorKind::AlreadyExists } else { ErrorKind::NotFound };
@@ -422,17 +445,34 @@ impl<'a> Run<'a> {
         }
     }
 
-    async fn save_state(&mut self, save: &Save) {
+    async fn save_state(&mut self, save: &Save, shared: Option<u64>) {
         let (writer, session) = self.writer();
         let text = self.text();
-        let saved = writer.save_state(self.saving(save, weights(&text))).await;
+        let mut state = self.saving(save, weights(&text));
+        if let Some(shared) = shared {
+            state = state.with_shared(self.records[&shared].info.clone());
+        }
+        let saved = writer.save_state(state).await;
         let taken = self.model.taken(true, &format!("n{}", save.name), session);
+        let gone = shared.is_some_and(|shared| !self.model.live.contains_key(&shared));
         match saved {
             Ok(info) => {
-                assert!(!taken, "{save:?}");
-                self.added(info, save, session, None, text).await;
+                assert!(!taken && !gone, "{save:?} with {shared:?}");
+                let there = shared.map(|shared| &self.records[&shared].origins);
+                let origin = |what| there.and_then(|there| there.get(what)).copied().unwrap_or(info.seq);
+                let origins: BTreeMap<_, _> = ALONE.map(|what| (what, origin(what))).into();
+                let needs: BTreeSet<_> = origins.values().copied().filter(|seq| *seq != info.seq).collect();
+                let folders = needs.iter().map(|seq| self.records[seq].info.dir.clone()).collect();
+                assert_eq!(info.shares, folders, "{save:?} with {shared:?}");
+                self.count("states that share", usize::from(!needs.is_empty()));
+                let seq = info.seq;
+                self.added(info, save, session, needs, text).await;
+                self.records.get_mut(&seq).unwrap().origins = origins;
             }
-            Err(error) => assert!(taken && error.kind() == ErrorKind::AlreadyExists, "{error:?}"),
+            Err(error) => {
+                let wanted = if taken { ErrorKind::AlreadyExists } else { ErrorKind::NotFound };
+                assert!((taken || gone) && error.kind() == wanted, "{error:?}");
+            }
         }
     }
 
@@ -441,7 +481,7 @@ impl<'a> Run<'a> {
         info: SnapshotInfo,
         save: &Save,
         session: u8,
-        parent: Option<u64>,
+        needs: BTreeSet<u64>,
         text: String,
     ) {
         let seq = info.seq;
@@ -453,7 +493,7 @@ impl<'a> Run<'a> {
             name: info.name.to_string(),
             state: info.kind == SnapshotKind::State,
             session,
-            parent,
+            needs,
             expires: save.hours.map(|hours| self.model.now + i64::from(hours) * HOUR),
             step: save.step,
             metric: save.metric,
@@ -462,7 +502,7 @@ impl<'a> Run<'a> {
         let folder = key("job").join(info.dir.as_str()).unwrap();
         let files = self.objects(&folder).await;
         let files = files.into_iter().map(|object| (object.key, object.version)).collect();
-        self.records.insert(seq, Record { info, text, files });
+        self.records.insert(seq, Record { info, text, files, origins: BTreeMap::new() });
         self.read(seq).await.unwrap();
     }
 
@@ -533,7 +573,9 @@ impl<'a> Run<'a> {
                 assert!(complete && !fenced && !taken && pending && info.seq == seq, "{info:?}");
                 self.model.pending.remove(&seq);
                 self.count("committed by ranks", 1);
-                self.added(info, &what, session, None, text).await;
+                self.added(info, &what, session, BTreeSet::new(), text).await;
+                let origins = RANKED.map(|what| (what, seq)).into();
+                self.records.get_mut(&seq).unwrap().origins = origins;
             }
             Err(error) => {
                 let wanted = match (complete, fenced) {
@@ -677,8 +719,8 @@ impl<'a> Run<'a> {
         assert_eq!(listed.iter().collect::<Vec<_>>(), wanted);
         for (info, entry) in listed.iter().zip(self.model.live.values()) {
             assert_eq!(info.expires_ms.is_some(), entry.expires.is_some());
-            let parent = entry.parent.map(|parent| &self.records[&parent].info.id);
-            assert_eq!(info.parent.as_ref(), parent);
+            let parent = entry.needs.first().filter(|_| !entry.state);
+            assert_eq!(info.parent.as_ref(), parent.map(|parent| &self.records[parent].info.id));
         }
         let pins = self.repo.pins().await.unwrap();
         let pins: BTreeMap<_, _> = pins.into_iter().map(|pin| (pin.id, pin.seq)).collect();

@@ -1,6 +1,6 @@
 //! What a job should be: numbers and times instead of files, and its own reading of what pruning keeps.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 pub(super) const MINUTE: i64 = 60_000;
 pub(super) const HOUR: i64 = 60 * MINUTE;
@@ -13,7 +13,8 @@ pub(super) struct Entry {
     pub(super) name: String,
     pub(super) state: bool,
     pub(super) session: u8,
-    pub(super) parent: Option<u64>,
+    /// Its parent, and the states that it shares tensors with.
+    pub(super) needs: BTreeSet<u64>,
     pub(super) expires: Option<i64>,
     pub(super) step: Option<u64>,
     pub(super) metric: Option<i8>,
@@ -74,13 +75,13 @@ impl Model {
 
     /// Whether somebody reads what was given up with this number, or something given up that needs it.
     fn read(&self, seq: u64) -> bool {
-        let mut children = self.dead.values().filter(|(child, _)| child.parent == Some(seq));
+        let mut children = self.dead.values().filter(|(child, _)| child.needs.contains(&seq));
         self.leased(seq) || children.any(|(child, _)| self.read(child.seq))
     }
 
     fn keeps(&self, entry: &Entry, policy: &Policy) -> bool {
         let newest = self.live.values().filter(|live| live.state).map(|live| live.seq).max();
-        let mut children = self.live.values().filter(|live| live.parent == Some(entry.seq));
+        let mut children = self.live.values().filter(|live| live.needs.contains(&entry.seq));
         self.pins.values().any(|seq| *seq == entry.seq)
             || self.leased(entry.seq)
             || newest == Some(entry.seq)
@@ -115,6 +116,6 @@ impl Model {
     /// Whether a snapshot and all that it needs have files.
     pub(super) fn whole(&self, seq: u64) -> bool {
         let entry = self.live.get(&seq).or_else(|| self.dead.get(&seq).map(|(entry, _)| entry));
-        entry.is_some_and(|entry| entry.parent.is_none_or(|parent| self.whole(parent)))
+        entry.is_some_and(|entry| entry.needs.iter().all(|needed| self.whole(*needed)))
     }
 }
