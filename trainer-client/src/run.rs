@@ -1,0 +1,299 @@
+//! The checkpoints of a run: saved so that a retry finds its own, and resumed from without guessing.
+
+mod position;
+mod resume;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Mutex;
+use towline_core::{
+    CheckpointCatalog, CheckpointClass, CheckpointInfo, CheckpointRef, CheckpointType, Error, ErrorKind,
+    JobId, Pending, PendingStatus, Result, SaveState, SaveWeights, SavedWeights, SnapshotIdentity,
+    SnapshotName, StateRef, TrainingClient,
+};
+
+pub use position::Position;
+pub use resume::{DataChanged, Init, Resume, Resumed};
+
+use crate::log::{CheckpointLine, CheckpointLog, Repaired};
+use crate::wait::PendingExt as _;
+
+/// How long one save or load may take, as in the public cookbook.
+const DEADLINE: Duration = Duration::from_secs(2700);
+
+/// A run: who trains, where its checkpoints are looked up, and its log.
+///
+/// Saves and resumes are one place, because a resume is right only if it finds what the saves have left. Every failure to
+/// look something up is an error: nothing here takes "I could not see" for "there is nothing".
+pub struct Run {
+    client: Arc<dyn TrainingClient>,
+    catalog: Arc<dyn CheckpointCatalog>,
+    job: JobId,
+    log: Option<CheckpointLog>,
+    base_model: Option<String>,
+    data: Option<String>,
+    deadline: Duration,
+    /// What saves have begun and not finished, by name.
+    open: Mutex<HashMap<SnapshotName, Open>>,
+}
+
+/// Which checkpoints a save makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "the public cookbooks have these three")]
+pub enum SaveKind {
+    /// A train state, to resume from.
+    State,
+    /// Full sampler weights, to promote.
+    Sampler,
+    /// Both.
+    Both,
+}
+
+/// What [`Run::save_checkpoint`] has saved.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Saved {
+    /// The train state, if one was wanted.
+    pub state: Option<StateRef>,
+    /// The sampler weights, if they were wanted.
+    pub sampler: Option<SavedWeights>,
+}
+
+/// A save that is not finished.
+#[derive(Debug, Default)]
+struct Open {
+    state: Part<StateRef>,
+    sampler: Part<SavedWeights>,
+}
+
+/// One of its operations.
+#[derive(Debug, Default)]
+enum Part<T> {
+    #[default]
+    Wanted,
+    /// Submitted: asked again when the save is, not submitted twice.
+    Submitted(Pending<T>),
+    Done(T),
+}
+
+impl<T: Clone + Send> Part<T> {
+    /// The result, of the operation that was submitted or that `submit` submits now.
+    async fn get(&mut self, submit: impl FnOnce() -> Pending<T> + Send, deadline: Duration) -> Result<T> {
+        let mut pending = match std::mem::take(self) {
+            Self::Done(found) => {
+                *self = Self::Done(found.clone());
+                return Ok(found);
+            }
+            Self::Submitted(pending) => pending,
+            Self::Wanted => submit(),
+        };
+        match (&mut pending).wait(deadline).await {
+            Ok(found) => {
+                *self = Self::Done(found.clone());
+                Ok(found)
+            }
+            Err(error) => {
+                if pending.status() != PendingStatus::Done {
+                    *self = Self::Submitted(pending);
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Run {
+    /// The run of `job`, trained by `client`, its checkpoints found in `catalog`. Without a log.
+    pub fn new(client: Arc<dyn TrainingClient>, catalog: Arc<dyn CheckpointCatalog>, job: JobId) -> Self {
+        Self {
+            client,
+            catalog,
+            job,
+            log: None,
+            base_model: None,
+            data: None,
+            deadline: DEADLINE,
+            open: Mutex::default(),
+        }
+    }
+
+    /// Writes a line to `log` for each save.
+    #[must_use]
+    pub fn with_log(mut self, log: CheckpointLog) -> Self {
+        self.log = Some(log);
+        self
+    }
+
+    /// Names the model that is trained. States of another one are refused.
+    #[must_use]
+    pub fn with_base_model(mut self, base_model: impl Into<String>) -> Self {
+        self.base_model = Some(base_model.into());
+        self
+    }
+
+    /// Sets the fingerprint of the data set, any text that changes with the data. Going on from a state of other data
+    /// needs [`Resume::with_data_changed`].
+    #[must_use]
+    pub fn with_data(mut self, fingerprint: impl Into<String>) -> Self {
+        self.data = Some(fingerprint.into());
+        self
+    }
+
+    /// Sets how long one save or load may take. Default 2700 s.
+    #[must_use]
+    pub fn with_deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// The job.
+    #[must_use]
+    pub fn job(&self) -> &JobId {
+        &self.job
+    }
+
+    /// Saves the state, then the sampler weights (always a base), then the line of the log: what is recorded is what the
+    /// store answered. A save that failed halfway, or ran into the deadline, is called again with the same arguments: what
+    /// it had done is not done twice. A state of this job with the same name and the same position is this save's own,
+    /// from before a crash. One save at a time.
+    ///
+    /// # Errors
+    /// `AlreadyExists` at once if the name is taken by a state of another position; `TimedOut` while an operation goes
+    /// on; what the trainer, the store and the log answer. Nothing is recorded then.
+    pub async fn save_checkpoint(
+        &self,
+        name: &SnapshotName,
+        kind: SaveKind,
+        position: &Position,
+        ttl: Option<Duration>,
+    ) -> Result<Saved> {
+        let mut all = self.open.lock().await;
+        let open = all.entry(name.clone()).or_default();
+        let mut saved = Saved { state: None, sampler: None };
+        if kind != SaveKind::Sampler {
+            saved.state = Some(self.save_state(&mut open.state, name, position, ttl).await?);
+        }
+        if kind != SaveKind::State {
+            let mut request = SaveWeights::new(name.clone()).with_type(CheckpointType::Base);
+            request.ttl = ttl;
+            let submit = || self.client.save_weights_for_sampler_ext(request);
+            saved.sampler = Some(open.sampler.get(submit, self.deadline).await?);
+        }
+        self.record(name, position, &saved).await?;
+        all.remove(name);
+        Ok(saved)
+    }
+
+    /// Rebuilds the log from the catalog: what only the log knew of a checkpoint that exists stays, and lines of what is
+    /// gone are set aside.
+    ///
+    /// # Errors
+    /// `Invalid` without a log; what catalog and disk answer; `Conflict` if somebody wrote meanwhile.
+    pub async fn repair_log(&self) -> Result<Repaired> {
+        let Some(log) = self.log.clone() else {
+            return Err(Error::invalid("this run has no log").with_help("give it one with `with_log`"));
+        };
+        let reader = log.clone();
+        let before = blocking(move || reader.salvage()).await?;
+        let mut lines: Vec<CheckpointLine> = Vec::new();
+        for info in self.catalog.list_checkpoints(&self.job).await?.into_iter().rev() {
+            // A save of both is one line.
+            let known =
+                lines.iter().rposition(|line| line.name == info.name.as_str() && line.step == info.step);
+            let mut line = match known {
+                Some(at) => lines.remove(at),
+                None => self.line(&info.name, info.step.unwrap_or(0)),
+            };
+            if !info.resumable {
+                lines.push(line.with_sampler_path(info.id.identity.as_str()));
+                continue;
+            }
+            match self.position(&info).await {
+                Ok(position) => line = position.describe(line),
+                // A state that something else has saved has no position.
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+            lines.push(line.with_state_path(self.state_path(&info.name)));
+        }
+        blocking(move || log.repair(&before, lines)).await
+    }
+
+    async fn save_state(
+        &self,
+        part: &mut Part<StateRef>,
+        name: &SnapshotName,
+        position: &Position,
+        ttl: Option<Duration>,
+    ) -> Result<StateRef> {
+        let mut request = SaveState::new(name.clone());
+        request.ttl = ttl;
+        request.loop_state = position.entries(self.base_model.as_deref(), self.data.as_deref())?;
+        if matches!(part, Part::Wanted)
+            && let Some(found) = self.find_state(name).await?
+        {
+            if self.catalog.loop_state(&found).await.ok().as_ref() != Some(&request.loop_state) {
+                return Err(Error::already_exists(format!(
+                    "job {} has a state {name} of another position",
+                    self.job
+                ))
+                .with_help("choose another name, such as one with the step"));
+            }
+            *part = Part::Done(found.state()?);
+        }
+        part.get(|| self.client.save_state(request), self.deadline).await
+    }
+
+    /// The job's state of this name, if there is one.
+    async fn find_state(&self, name: &SnapshotName) -> Result<Option<CheckpointInfo>> {
+        let reference = CheckpointRef::Local(SnapshotIdentity::new(name.as_str())?);
+        match self.catalog.resolve_checkpoint(&reference, &self.job, CheckpointClass::State).await {
+            Ok(found) => Ok(Some(found)),
+            // `Invalid`: the name is that of sampler weights, which have names of their own.
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Invalid) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn record(&self, name: &SnapshotName, position: &Position, saved: &Saved) -> Result<()> {
+        let Some(log) = self.log.clone() else { return Ok(()) };
+        let name = saved.state.as_ref().map_or(name, |state| &state.name);
+        let mut line = position.describe(self.line(name, position.step));
+        if let Some(state) = &saved.state {
+            line = line.with_state_path(self.state_path(&state.name));
+        }
+        if let Some(sampler) = &saved.sampler {
+            line = line.with_sampler_path(sampler.snapshot_name.as_str());
+        }
+        blocking(move || log.append(&line)).await.map(drop)
+    }
+
+    fn line(&self, name: &SnapshotName, step: u64) -> CheckpointLine {
+        let line = CheckpointLine::new(name.as_str()).with_step(step).with_source_job(self.job.as_str());
+        match &self.base_model {
+            Some(model) => line.with_base_model(model.as_str()),
+            None => line,
+        }
+    }
+
+    fn state_path(&self, name: &SnapshotName) -> String {
+        format!("cross_job://{}/{name}", self.job)
+    }
+}
+
+impl fmt::Debug for Run {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Run").field("job", &self.job).field("log", &self.log).finish_non_exhaustive()
+    }
+}
+
+/// Work on the disk, off the runtime's own threads.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => Err(Error::internal("work on the run's log panicked").with_source(error)),
+    }
+}
