@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::json;
 use towline_core::{
-    AdamParams, Batch, ContentDigest, DeltaParents, Error, ExportRequest, ForwardBackward, JobId, OptimStep,
-    Result, SaveState, SnapshotKind, SnapshotRef, StateRef, Weights, async_trait,
+    AdamParams, Batch, CheckpointCatalog as _, CheckpointClass, CheckpointRef, ContentDigest, DeltaParents,
+    Error, ExportRequest, ForwardBackward, JobId, LOOP, OptimStep, Result, SaveState, SnapshotIdentity,
+    SnapshotKind, SnapshotRef, StateRef, Weights, async_trait,
 };
 use towline_storage::{Publish, SaveTrainState, SnapshotRepo, Wanted, Writer};
 use towline_trainer_client::Backend;
@@ -212,9 +213,6 @@ impl Backend for EmbeddedTrainer {
     }
 }
 
-/// The section of a train state that belongs to the training loop.
-pub const LOOP: &str = "loop";
-
 /// The loop's own entries of a saved state.
 ///
 /// # Errors
@@ -224,12 +222,9 @@ pub async fn loop_state(
     state: &StateRef,
 ) -> Result<serde_json::Map<String, serde_json::Value>> {
     let repo = repo_of(repo, &state.path)?;
-    let manifest = repo.manifest(&repo.find(state.name.as_str(), Wanted::State).await?).await?;
-    match manifest.sections.get(LOOP) {
-        Some(serde_json::Value::Object(entries)) => Ok(entries.clone()),
-        _ => Err(Error::corrupt(format!("state {state} has no section `{LOOP}`"))
-            .with_help("resume from a state that this loop has saved")),
-    }
+    let name = CheckpointRef::Local(SnapshotIdentity::new(state.name.as_str())?);
+    let found = repo.resolve_checkpoint(&name, repo.job(), CheckpointClass::State).await?;
+    repo.loop_state(&found).await
 }
 
 /// The repo of the job that a state's path names.

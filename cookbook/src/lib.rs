@@ -9,3 +9,4 @@ pub mod engine;
 mod quickstart;
 pub mod recipes;
 pub mod server;
+mod store;

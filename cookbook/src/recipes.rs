@@ -111,7 +111,7 @@ impl Stack {
 }
 
 /// Four bytes for a session id.
-fn random() -> [u8; 4] {
+pub(crate) fn random() -> [u8; 4] {
     use std::hash::{BuildHasher, RandomState};
     let [a, b, c, d, ..] = RandomState::new().hash_one(std::process::id()).to_le_bytes();
     [a, b, c, d]

@@ -1,11 +1,13 @@
 //! The command line as a user calls it: files, directories, JSON alone on standard output, errors with a next step.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
 
 use serde_json::Value;
 use towline_core::safetensors::serialize;
-use towline_core::{DType, TensorMeta, Weights};
+use towline_core::{DType, JobId, SessionId, SnapshotKind, SnapshotName, TensorMeta, Weights};
+use towline_storage::{Publish, SaveTrainState, SnapshotRepo, Wanted};
 
 const CODECS: [&str; 6] = ["raw", "zstd", "lz4", "arc_v1", "arc_v2", "arc_v3"];
 
@@ -171,6 +173,7 @@ fn every_command_has_help_with_an_example() {
         &["snapshot", "show"],
         &["snapshot", "verify"],
         &["snapshot", "export"],
+        &["snapshot", "import"],
     ] {
         let output = towline(&[command, &["--help"]].concat());
         let help = String::from_utf8(output.stdout).unwrap();
@@ -196,28 +199,31 @@ fn bench_measures_what_was_asked() {
     }
 }
 
-#[test]
-fn a_store_is_listed_verified_and_exported() {
-    use std::sync::Arc;
-    use towline_core::{JobId, SessionId, SnapshotKind, SnapshotName};
-    use towline_storage::{Publish, SnapshotRepo, Wanted};
-    let dir = tempfile::tempdir().unwrap();
-    let store = dir.path().join("store");
+/// A store with base `one` and the delta `two` on it, of job `job`.
+fn filled(dir: &Path) -> PathBuf {
+    let store = dir.join("store");
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
-        let repo = SnapshotRepo::new(
-            towline_storage::open(text(&store), &towline_storage::StoreOptions::new()).unwrap(),
-            JobId::new("job").unwrap(),
-            towline_codec::all(),
-        );
-        let writer = repo.writer(SessionId::new("0000cccc").unwrap()).await.unwrap();
+        let writer = repo(&store).writer(SessionId::new("0000cccc").unwrap()).await.unwrap();
         let (old, new) = (Arc::new(weights(&["a"], 1)), Arc::new(weights(&["a"], 2)));
         let name = |name: &str| SnapshotName::new(name).unwrap();
         writer.publish(Publish::new(name("one"), SnapshotKind::Base, Arc::clone(&old) as _)).await.unwrap();
-        let parent = repo.find("one", Wanted::Sampler).await.unwrap();
+        let parent = writer.repo().find("one", Wanted::Sampler).await.unwrap();
         let delta = Publish::new(name("two"), SnapshotKind::Delta, new as _).with_parent(parent, old);
         writer.publish(delta.with_codec(towline_codec::by_id("arc_v3").unwrap())).await.unwrap();
     });
+    store
+}
+
+fn repo(store: &Path) -> SnapshotRepo {
+    let store = towline_storage::open(text(store), &towline_storage::StoreOptions::new()).unwrap();
+    SnapshotRepo::new(store, JobId::new("job").unwrap(), towline_codec::all())
+}
+
+#[test]
+fn a_store_is_listed_verified_and_exported() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = filled(dir.path());
     let list = json(&["snapshot", "list", "--store", text(&store)]);
     assert_eq!(list["snapshots"][1]["kind"], "delta");
     assert_eq!(json(&["snapshot", "show", "--store", text(&store), "two"])["codec"], "arc_v3");
@@ -260,7 +266,135 @@ fn a_store_is_listed_verified_and_exported() {
     assert!(refused(&["snapshot", "verify", "--store", text(&store)]).contains("damaged"));
 }
 
-fn walk(path: &Path) -> Vec<std::path::PathBuf> {
+#[test]
+fn checkpoints_are_listed_found_and_promoted() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = filled(dir.path());
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let writer = repo(&store).writer(SessionId::new("0000dddd").unwrap()).await.unwrap();
+        let state = SaveTrainState::new(SnapshotName::new("one").unwrap(), Arc::new(weights(&["a"], 3)));
+        writer.save_state(state.with_step(7)).await.unwrap();
+    });
+    let here = |words: &[&str]| -> Vec<String> {
+        words.iter().chain(&["--store", text(&store)]).map(|word| (*word).to_owned()).collect()
+    };
+    let ask = |words: &[&str]| json(&here(words).iter().map(String::as_str).collect::<Vec<_>>());
+    let not = |words: &[&str]| refused(&here(words).iter().map(String::as_str).collect::<Vec<_>>());
+
+    let page = ask(&["checkpoint", "list", "--job", "job", "--limit", "2"]);
+    assert_eq!((&page["checkpoints"][0]["resumable"], &page["next"]), (&Value::Bool(true), &"2".into()));
+    let rest = ask(&["checkpoint", "list", "--job", "job", "--cursor", "2"]);
+    assert_eq!((&rest["checkpoints"][0]["promotable"], &rest["next"]), (&Value::Bool(true), &Value::Null));
+    assert!(not(&["checkpoint", "list", "--job", "jib"]).contains("job jib does not exist"));
+    let shown = towline(&["checkpoint", "list", "--job", "job", "--store", text(&store)]);
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    assert!(["resume", "promote", "serve"].iter().all(|word| shown.contains(word)), "{shown}");
+
+    // A state and a sampler checkpoint of one name: what is wanted decides.
+    for reference in ["job:one", "cross_job://job/one", "tinker://job/weights/one"] {
+        assert_eq!(ask(&["checkpoint", "resolve", reference])["kind"], "state");
+    }
+    assert_eq!(ask(&["checkpoint", "resolve", "one", "--job", "job", "--want", "sampler"])["kind"], "base");
+    for (reference, says) in [
+        ("one", "add --job, or write `<job>:one`"),
+        ("job:two", "wanted a train state"),
+        ("job:three", "no train state called `three`"),
+        ("gs://bucket/one", "neither cross_job nor tinker"),
+        ("job:One", "no DNS label"),
+        ("/job/one", "absolute paths"),
+        ("", "it is empty"),
+    ] {
+        let told = not(&["checkpoint", "resolve", reference]);
+        assert!(told.contains(says), "{reference}: {told}");
+    }
+
+    for (id, says) in [
+        ("", "it is empty"),
+        ("My-Model", "'M' is not allowed"),
+        ("my_model", "'_' is not allowed"),
+        ("-m", "hyphen at an end"),
+        ("m-", "hyphen at an end"),
+        (&"m".repeat(64), "at most 63"),
+    ] {
+        let told = not(&["promote", "job:one", &format!("--output-model-id={id}")]);
+        assert!(told.contains(says), "{id}: {told}");
+    }
+    let told = not(&["promote", "job:two", "--output-model-id", "m"]);
+    assert!(told.contains("promote its base one-0000cccc") && told.contains("--materialise"), "{told}");
+    assert_eq!(ask(&["model", "list"])["models"].as_array().unwrap().len(), 0);
+    let model = ask(&["promote", "job:two", "--output-model-id", "m", "--materialise"]);
+    assert_eq!(model["model"]["name"], "accounts/local/models/m");
+    assert_eq!(model["model"]["source"]["codec"], "arc_v3");
+    assert_eq!(ask(&["promote", "job:two", "--output-model-id", "m", "--materialise"]), model);
+    assert!(
+        not(&["promote", "job:one", "--output-model-id", "m"])
+            .contains("is there already, from two-0000cccc")
+    );
+    assert_eq!(ask(&["model", "list"])["models"][0], model["model"]);
+    let expected = dir.path().join("expected.safetensors");
+    write(&expected, &weights(&["a"], 2));
+    assert!(same(&store.join("models/m/model-00001-of-00001.safetensors"), &expected));
+}
+
+#[test]
+fn directories_of_slime_go_out_and_come_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let (store, other, deltas, base) = (path("store"), path("other"), path("deltas"), path("base"));
+    std::fs::create_dir(&base).unwrap();
+    write(&base.join("model.safetensors"), &weights(&["a", "b"], 1));
+    std::fs::write(base.join("config.json"), "{}").unwrap();
+    let import = |from: &Path, store: &Path| {
+        ["snapshot", "import", text(from), "--store", text(store), "--job", "train"].map(str::to_owned)
+    };
+    let words = |first: &[String], more: &[&str]| -> Vec<String> {
+        first.iter().cloned().chain(more.iter().map(|word| (*word).to_owned())).collect()
+    };
+    let run = |words: &[String]| json(&words.iter().map(String::as_str).collect::<Vec<_>>());
+    let not = |words: &[String]| refused(&words.iter().map(String::as_str).collect::<Vec<_>>());
+    let begun = run(&words(&import(&base, &store), &["--name", "one"]));
+    assert_eq!((&begun["snapshot"]["kind"], &begun["snapshot"]["job"]), (&"base".into(), &"train".into()));
+    // The next step, as a base of its own and then as a delta for slime.
+    std::fs::remove_file(base.join("model.safetensors")).unwrap();
+    write(&base.join("model.safetensors"), &weights(&["a", "b"], 2));
+    run(&words(&import(&base, &store), &["--name", "two"]));
+    let export = |name: &str, more: &[&str]| {
+        let place = ["snapshot", "export", name, "--store", text(&store), "-o", text(&deltas)];
+        words(&place.map(str::to_owned), more)
+    };
+    let full = run(&export("one", &["--format", "slime"]));
+    assert_eq!((&full["version"], &full["base_version"]), (&1.into(), &Value::Null));
+    let two = ["--format", "slime", "--parent", "one", "--encoding", "overwrite", "--checksum", "blake3"];
+    let written = run(&export("two", &two));
+    assert_eq!(
+        (&written["version"], &written["base_version"], &written["tensors"]),
+        (&2.into(), &1.into(), &2.into())
+    );
+    assert!(written["bytes"].as_u64().unwrap() < 10_000);
+    assert!(not(&export("two", &["--parent", "one"])).contains("--format slime"));
+    let taken = not(&export("two", &[&two[..], &["--number", "2"]].concat()));
+    assert!(taken.contains("weight_v000002` exists"), "{taken}");
+    assert!(not(&export("two", &["--format", "slime", "--checksum", "md5"])).contains("xxh3-128"));
+    // Into a store that has seen none of it.
+    let second = deltas.join("weight_v000002");
+    assert!(not(&import(&second, &other)).contains("full checkpoint"));
+    run(&import(&deltas.join("weight_v000001"), &other));
+    assert!(
+        not(&words(&import(&deltas.join("weight_v000001"), &other), &["--parent", "x"]))
+            .contains("no parent")
+    );
+    let delta = run(&words(&import(&second, &other), &["--step", "7"]));
+    assert_eq!((&delta["snapshot"]["kind"], &delta["snapshot"]["step"]), (&"delta".into(), &7.into()));
+    assert!(not(&words(&import(&second, &other), &["--name", "again"])).contains("is version 2"));
+    let out = path("model");
+    json(&["snapshot", "export", "--store", text(&other), "weight-v000002", "-o", text(&out)]);
+    assert!(same(&out.join("model-00001-of-00001.safetensors"), &base.join("model.safetensors")));
+    assert!(out.join("config.json").is_file());
+    json(&["snapshot", "verify", "--store", text(&other)]);
+}
+
+fn walk(path: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(path).unwrap() {
         let path = entry.unwrap().path();

@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 use towline_core::{Error, HotLoad, JobId, OpId, Result, Secret, WriteId};
 use towline_deploy::DeploymentManager;
-use towline_storage::{SnapshotRepo, StoreOptions, Wanted};
+use towline_storage::{SnapshotRepo, Wanted};
 
 use super::output::{Output, table};
 
@@ -140,7 +140,7 @@ async fn wait(options: &Wait, output: &Output) -> Result<()> {
 }
 
 async fn hot_load(options: &Load, output: &Output) -> Result<()> {
-    let store = towline_storage::open(&options.store, &StoreOptions::from_env()?)?;
+    let store = crate::store::open_store(&options.store)?;
     let repo = SnapshotRepo::new(store, JobId::new(options.job.as_str())?, towline_codec::all());
     let info = repo.find(&options.snapshot, Wanted::Sampler).await?;
     let manifest = repo.manifest(&info).await?;

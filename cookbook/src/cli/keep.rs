@@ -1,4 +1,4 @@
-//! `towline snapshot prune|pin|unpin|ttl|doctor`: what stays, for how long, and whether all is well.
+//! `towline snapshot prune|pin|unpin|ttl|doctor|repair`: what stays, for how long, and whether all is well.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::json;
 use towline_core::{Error, Result};
-use towline_storage::{Best, Prune, Retention, SnapshotInfo};
+use towline_storage::{Best, Depth, Prune, Retention, SnapshotInfo};
 
 use super::output::{Output, table};
 use super::snapshot::{One, Place, describe, find, repos};
@@ -30,6 +30,21 @@ pub(crate) enum Command {
     /// Look whether the store keeps its word and nothing is missing.
     #[command(after_help = "Example:\n  towline snapshot doctor --store s3://bucket/prefix --job train")]
     Doctor(Place),
+    /// Put what is damaged into quarantine, where nothing finds it and nothing deletes it, and take back what is whole.
+    #[command(after_help = "Example:\n  towline snapshot repair --store ./store --job train --dry-run")]
+    Repair(Repair),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Repair {
+    #[command(flatten)]
+    place: Place,
+    /// Only look whether every file is there and as long as it should be; without it every byte is read.
+    #[arg(long)]
+    quick: bool,
+    /// Only say what would be done.
+    #[arg(long)]
+    dry_run: bool,
 }
 
 #[derive(Debug, Args)]
@@ -138,6 +153,7 @@ pub(crate) async fn run(command: Command, output: &Output) -> Result<()> {
             Ok(())
         }
         Command::Doctor(place) => doctor(&place, output).await,
+        Command::Repair(options) => repair(&options, output).await,
     }
 }
 
@@ -201,6 +217,39 @@ async fn prune(rules: &Rules, output: &Output) -> Result<()> {
     }
     let text = table(&["job", "seq", "snapshot", "what", "why"], &rows);
     output.result(text, &json!({"dry_run": rules.dry_run, "jobs": values}));
+    Ok(())
+}
+
+async fn repair(options: &Repair, output: &Output) -> Result<()> {
+    let depth = if options.quick { Depth::Quick } else { Depth::Full };
+    let (mut rows, mut values) = (Vec::new(), Vec::new());
+    for repo in repos(&options.place).await? {
+        let repaired = repo.repair(depth, options.dry_run).await?;
+        let whole = |infos: &[SnapshotInfo]| infos.iter().map(|info| (info.clone(), String::new())).collect();
+        let groups: [(&str, Vec<(SnapshotInfo, String)>); 4] = [
+            ("good", whole(&repaired.good)),
+            ("returned", whole(&repaired.returned)),
+            ("quarantined", repaired.quarantined),
+            ("remaining", repaired.remaining),
+        ];
+        let mut value = json!({"job": repo.job()});
+        for (what, infos) in &groups {
+            rows.extend(infos.iter().map(|(info, why)| {
+                vec![
+                    repo.job().to_string(),
+                    info.seq.to_string(),
+                    info.id.to_string(),
+                    (*what).into(),
+                    why.clone(),
+                ]
+            }));
+            let each = infos.iter().map(|(info, why)| json!({"snapshot": describe(&repo, info), "why": why}));
+            value[*what] = each.collect();
+        }
+        values.push(value);
+    }
+    let text = table(&["job", "seq", "snapshot", "what", "why"], &rows);
+    output.result(text, &json!({"dry_run": options.dry_run, "jobs": values}));
     Ok(())
 }
 

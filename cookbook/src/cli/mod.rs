@@ -1,12 +1,14 @@
 //! The command line `towline`.
 
 mod bench;
+mod checkpoint;
 mod delta;
 mod deployment;
 mod files;
 mod keep;
 mod output;
 mod serve;
+mod slime;
 mod snapshot;
 
 use clap::{Parser, Subcommand};
@@ -43,9 +45,20 @@ enum Command {
     /// Measure codecs on a pair of checkpoints.
     #[command(subcommand)]
     Bench(bench::Command),
-    /// List, show, verify and export stored snapshots.
+    /// List, show, verify, export and import snapshots.
     #[command(subcommand)]
     Snapshot(snapshot::Command),
+    /// List and find checkpoints: what can be resumed from, and what can be promoted.
+    #[command(subcommand)]
+    Checkpoint(checkpoint::Command),
+    /// Copy weights for samplers to the model registry, as a plain Hugging Face or PEFT directory.
+    #[command(
+        after_help = "Example:\n  towline promote train:final --store ./store --output-model-id my-model"
+    )]
+    Promote(checkpoint::Promotion),
+    /// The model registry.
+    #[command(subcommand)]
+    Model(checkpoint::ModelCommand),
     /// The trainer process of the quickstart.
     #[command(hide = true)]
     QuickstartTrainer(crate::quickstart::TrainerOptions),
@@ -81,6 +94,9 @@ fn run(command: Command, output: &Output) -> Result<()> {
         Command::QuickstartTrainer(options) => block_on(crate::quickstart::train(options)),
         Command::Serve(command) => block_on(serve::run(command, output)),
         Command::Deployment(command) => block_on(deployment::run(command, output)),
+        Command::Checkpoint(command) => block_on(checkpoint::run(command, output)),
+        Command::Promote(options) => block_on(checkpoint::promote(options, output)),
+        Command::Model(command) => block_on(checkpoint::models(command, output)),
         Command::Snapshot(command) => block_on(snapshot::run(command, output)),
     }
 }

@@ -38,7 +38,7 @@ pub(crate) struct Engine {
 
 pub(crate) async fn run(command: Command, output: &Output) -> Result<()> {
     let Command::Engine(options) = command;
-    let store = towline_storage::open(&options.store, &towline_storage::StoreOptions::from_env()?)?;
+    let store = crate::store::open_store(&options.store)?;
     let server_options = ServerOptions::default()
         .with_address(SocketAddr::new(options.host, options.port))
         .with_model(options.model)

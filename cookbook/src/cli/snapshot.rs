@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
-use towline_core::{Error, JobId, Result, SnapshotStore};
-use towline_storage::{Depth, SnapshotInfo, SnapshotRepo, StoreOptions, Wanted};
+use towline_core::{Error, JobId, Result};
+use towline_storage::{Depth, SnapshotInfo, SnapshotRepo, Wanted};
 
 use super::output::{Output, table};
 
@@ -21,9 +21,15 @@ pub(crate) enum Command {
     /// Read and check every byte of one snapshot, or of all.
     #[command(after_help = "Example:\n  towline snapshot verify --store ./store")]
     Verify(Verify),
-    /// Write a snapshot as a plain Hugging Face directory.
-    #[command(after_help = "Example:\n  towline snapshot export --store ./store step-00040 -o model")]
+    /// Write a snapshot as a plain Hugging Face directory, or as a directory of slime.
+    #[command(after_help = "Example:\n  towline snapshot export --store ./store step-00040 -o model\n  \
+        towline snapshot export --store ./store step-00041 --format slime --parent step-00040 -o deltas")]
     Export(Export),
+    /// Publish a directory of slime, a full checkpoint or a delta.
+    #[command(
+        after_help = "Example:\n  towline snapshot import deltas/weight_v000004 --store ./store --job train"
+    )]
+    Import(super::slime::Source),
     #[command(flatten)]
     Keep(super::keep::Command),
 }
@@ -64,9 +70,22 @@ pub(crate) struct Verify {
 pub(crate) struct Export {
     #[command(flatten)]
     one: One,
-    /// The directory to write. One that exists is not touched.
+    /// The directory to write, for slime the folder that gets a new directory weight_v…. One that exists is not
+    /// touched.
     #[arg(short, long)]
     output: PathBuf,
+    /// hf: a plain directory. slime: a directory for engines that pull weights from a folder of versions.
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    #[command(flatten)]
+    slime: super::slime::Target,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum Format {
+    #[default]
+    Hf,
+    Slime,
 }
 
 pub(crate) async fn run(command: Command, output: &Output) -> Result<()> {
@@ -75,12 +94,13 @@ pub(crate) async fn run(command: Command, output: &Output) -> Result<()> {
         Command::Show(one) => show(&one, output).await,
         Command::Verify(options) => verify(&options, output).await,
         Command::Export(options) => export(&options, output).await,
+        Command::Import(source) => super::slime::import(&source, output).await,
         Command::Keep(command) => super::keep::run(command, output).await,
     }
 }
 
 pub(super) async fn repos(place: &Place) -> Result<Vec<SnapshotRepo>> {
-    let store: Arc<dyn SnapshotStore> = towline_storage::open(&place.store, &StoreOptions::from_env()?)?;
+    let store = crate::store::open_store(&place.store)?;
     let jobs = match &place.job {
         Some(job) => vec![JobId::new(job.as_str())?],
         None => towline_storage::jobs(store.as_ref()).await?,
@@ -192,7 +212,14 @@ async fn verify(options: &Verify, output: &Output) -> Result<()> {
 }
 
 async fn export(options: &Export, output: &Output) -> Result<()> {
+    if options.format == Format::Hf && options.slime.is_used() {
+        return Err(Error::invalid("--parent and --number are for directories of slime")
+            .with_help("add --format slime"));
+    }
     let (repo, info) = find(&options.one).await?;
+    if options.format == Format::Slime {
+        return super::slime::export(&repo, &info, &options.output, &options.slime, output).await;
+    }
     repo.export(&info, &options.output).await?;
     output.result(
         format_args!("{}: {} ({})", options.output.display(), info.id, info.kind),

@@ -3,11 +3,10 @@
 use std::fmt;
 
 use serde::Serialize;
-use towline_core::{Error, Result};
+use towline_core::{Error, LOOP, Result};
 use towline_storage::{SnapshotRepo, Wanted};
 
 use super::supervisor::Story;
-use crate::embedded::LOOP;
 
 /// One check and what it found.
 #[derive(Debug, Serialize)]

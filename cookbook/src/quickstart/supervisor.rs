@@ -7,7 +7,7 @@ use std::time::Instant;
 use serde_json::json;
 use towline_core::{Error, JobId, Result};
 use towline_deploy::Receipt;
-use towline_storage::{SnapshotRepo, StoreOptions};
+use towline_storage::SnapshotRepo;
 
 use super::checks::{Check, learning, same_end};
 use super::process::Process;
@@ -44,11 +44,7 @@ pub(crate) async fn run(options: Options, output: &Output) -> Result<()> {
     let undisturbed = drive(&options, &store, &reference, None, output).await?;
 
     let open = |job: &str| -> Result<SnapshotRepo> {
-        Ok(SnapshotRepo::new(
-            towline_storage::open(&store, &StoreOptions::from_env()?)?,
-            JobId::new(job)?,
-            towline_codec::all(),
-        ))
+        Ok(SnapshotRepo::new(crate::store::open_store(&store)?, JobId::new(job)?, towline_codec::all()))
     };
     let (ours, theirs) = (open(&job)?, open(&reference)?);
     let mut checks = vec![

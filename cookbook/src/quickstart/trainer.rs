@@ -9,7 +9,7 @@ use towline_core::{
     SnapshotName, StateRef, TrainingClient,
 };
 use towline_deploy::WeightSyncer;
-use towline_storage::{SnapshotRepo, StoreOptions};
+use towline_storage::SnapshotRepo;
 use towline_trainer_client::PendingExt;
 
 use super::{Event, Phase, TrainerOptions};
@@ -31,7 +31,7 @@ const LOGPROB_GAP: f64 = 1e-4;
 
 /// Trains the job to its end, from its newest state if it has one.
 pub(crate) async fn train(options: TrainerOptions) -> Result<()> {
-    let store = towline_storage::open(&options.store, &StoreOptions::from_env()?)?;
+    let store = crate::store::open_store(&options.store)?;
     let job = JobId::new(options.job.as_str())?;
     let repo = SnapshotRepo::new(store, job, towline_codec::all());
     let run =
