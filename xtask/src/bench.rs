@@ -4,6 +4,7 @@
 mod memory;
 mod pairs;
 mod report;
+mod s3;
 pub(crate) mod section;
 mod store;
 mod tables;
@@ -30,6 +31,8 @@ Usage: cargo xtask bench [codec] [--quick] [--pairs A,B] [--codecs A,B] [--threa
                          [--fixtures DIR] [--corpus DIR] [--out FILE] [--check] [--json]
        cargo xtask bench memory [--codec ID] [--threads 1,2] [--gib N] [--out FILE] [--check] [--json]
        cargo xtask bench store [--mib N] [--runs N] [--peak-gib N] [--python] [--out FILE] [--check] [--json]
+       cargo xtask bench store --s3 [--mib N] [--shard-mib N] [--runs N] [--python] [--data DIR] [--out FILE] [--check]
+                         [--json]
 
   --quick         3 runs, of our best codec, pcodec and zstd alone
   --pairs A,B     the pairs whose names contain one of these; all by default
@@ -44,6 +47,10 @@ Usage: cargo xtask bench [codec] [--quick] [--pairs A,B] [--codecs A,B] [--threa
   --gib N         how large the made-up model of `bench memory` is; 4 by default, which takes 9 GiB of memory
   --mib N         how large the train state of `bench store` is; 1024 by default, which takes 8 GiB of memory and disk
   --peak-gib N    measures the memory of a save and a load of so many GiB too, which take as much disk; 0 by default
+  --s3            measures a model up to an S3 server on this machine (SeaweedFS, into .venv-stores) and down again
+                  instead; --python brings boto3 and s3torchconnectorclient into .venv-s3. Takes 14 times --mib of memory
+  --shard-mib N   how large the model's files are there; 256 by default
+  --data DIR      where that server keeps its data; /dev/shm by default, where it is there
 
 Example: cargo xtask bench codec --python --out docs/benchmarks.md";
 

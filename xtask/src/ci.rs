@@ -9,11 +9,12 @@ use crate::args::Args;
 use crate::stop::{Result, Stop, file_error};
 use crate::table::Table;
 use crate::workspace::{COOKBOOK, Context};
-use crate::{deps, features, golden, interop, tidy};
+use crate::{deps, disks, features, golden, interop, real_stores, tidy};
 
 pub(crate) const HELP: &str = "\
 Runs every check, goes on after a failure, prints a table at the end and exits with 1 if a step failed. It needs Rust
-and cargo alone: cargo-nextest is used when present, and interop is skipped where Python or the network is missing.
+and cargo alone: cargo-nextest is used when present; interop and real-stores are skipped where Python or the network is
+missing, and disks where no user may mount a disk in memory.
 
 Usage: cargo xtask ci [--only STEP,…] [--skip STEP,…] [--list] [--json]
 
@@ -53,6 +54,12 @@ const STEPS: &[Step] = &[
     Step { name: "examples", about: "every example of the cookbook runs", run: examples },
     Step { name: "quickstart", about: "the main job runs and checks itself", run: quickstart },
     Step { name: "interop", about: "deltas are exchanged with the public Python package", run: python },
+    Step { name: "disks", about: "a full disk and a read-only one lose nothing", run: disks::run },
+    Step {
+        name: "real-stores",
+        about: "the laws of stores on servers that real programs are",
+        run: |context| real_stores::run(context, &real_stores::Wanted::short()),
+    },
 ];
 
 /// What tests and examples may do although the lints of the workspace warn of it.

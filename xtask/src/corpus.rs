@@ -93,7 +93,7 @@ pub(crate) fn command(context: &Context, mut args: Args) -> Result<()> {
         }
         corpus["recipe"] = json!(RECIPE);
         corpus["source"] = source;
-        let program = build(context)?;
+        let program = context.example(COOKBOOK, "corpus", "", true)?;
         for (number, run) in missing.iter().enumerate() {
             context.say(format!("corpus {} {} ({}/{})", run.kind, run.rate, number + 1, missing.len()));
             let made = train(context, &program, run, &gguf, &out)?;
@@ -154,14 +154,6 @@ fn fetch(context: &Context, folder: &Path) -> Result<(Value, PathBuf)> {
     source["license"] = json!("Apache-2.0");
     let gguf = folder.join(source["gguf"].as_str().unwrap_or_default());
     Ok((source, gguf))
-}
-
-/// Builds the example that trains, and returns its path.
-fn build(context: &Context) -> Result<PathBuf> {
-    let arguments = ["build", "--release", "-p", COOKBOOK, "--example", "corpus"];
-    context.cargo(&arguments).deadline(Duration::from_secs(40 * 60)).run()?;
-    let name = format!("release/examples/corpus{}", std::env::consts::EXE_SUFFIX);
-    Ok(context.target()?.join(name))
 }
 
 /// Runs one trajectory and returns what it says of its pairs.

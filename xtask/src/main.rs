@@ -11,6 +11,7 @@ mod ci;
 mod corpus;
 mod crash_matrix;
 mod deps;
+mod disks;
 mod features;
 mod fuzz;
 mod golden;
@@ -98,6 +99,12 @@ const COMMANDS: &[Command] = &[
         about: "let savers and a server die everywhere, and look at what is left",
         help: crash_matrix::HELP,
         run: crash_matrix::command,
+    },
+    Command {
+        name: "disks",
+        about: "save and prune on a full disk and on a read-only one",
+        help: disks::HELP,
+        run: disks::command,
     },
     Command {
         name: "real-stores",

@@ -1,4 +1,4 @@
-//! The virtual environments that hold the public Python package.
+//! The virtual environments that hold the public Python packages.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -11,6 +11,13 @@ use crate::workspace::Context;
 pub(crate) const PACKAGE: &str = "fireworks-delta-compression==0.1.0";
 /// What the package needs besides torch, within the bounds that it names.
 const LIGHT: [&str; 5] = [PACKAGE, "numpy>=1.20,<3", "safetensors>=0.4,<1", "zstd>=1.5,<2", "packaging>=21"];
+
+/// The public clients of S3 that ours is compared with. The second is what s3torchconnector is built on.
+const S3: [&str; 2] = ["boto3==1.44.5", "s3torchconnectorclient==1.5.0"];
+/// Whether the packages are there as they are named.
+const S3_VERSIONS: &str = "import boto3, sys; from importlib.metadata import version
+import s3torchconnectorclient._mountpoint_s3_client
+sys.exit(any(version(word.split('==')[0]) != word.split('==')[1] for word in sys.argv[1:]))";
 
 /// A Python that has the public package.
 #[derive(Debug)]
@@ -25,37 +32,14 @@ impl Python {
     /// torch, which alone brings some 5 GB. Where Python, pip or the network is missing: skipped, with what it was.
     pub(crate) fn prepare(context: &Context, light: bool) -> Result<Self> {
         let home = context.root.join(if light { ".venv-interop-light" } else { ".venv-interop" });
-        let python = Self {
-            interpreter: home.join(if cfg!(windows) { "Scripts/python.exe" } else { "bin/python" }),
-            scripts: context.root.join("xtask/python"),
-            light,
-        };
+        let python = Self::at(context, &home, light);
         if python.works(context) {
             context.say(format!("using {}", shown(context, &home)));
             return Ok(python);
         }
         let started = Instant::now();
-        if !context.job("python3").args(&["--version"]).deadline(Duration::from_secs(60)).succeeds() {
-            return Err(Stop::Skipped("python3 is not on this machine".to_owned()));
-        }
-        context.say(format!("making {} with {PACKAGE}", shown(context, &home)));
-        context
-            .job("python3")
-            .args(&["-m", "venv", "--clear"])
-            .args(&[&home])
-            .deadline(Duration::from_secs(180))
-            .run()
-            .map_err(|stop| {
-                Stop::Skipped(format!("python3 cannot make a virtual environment with pip (its venv or ensurepip module may be missing): {stop}"))
-            })?;
-        let mut install = context.job(&python.interpreter).args(&[
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-input",
-            "--disable-pip-version-check",
-        ]);
+        python.make(context, &home, PACKAGE)?;
+        let mut install = python.pip(context);
         if light {
             install = install.args(&["--no-deps"]).args(&LIGHT);
         } else {
@@ -74,6 +58,69 @@ impl Python {
         }
         context.say(format!("made in {} s", started.elapsed().as_secs()));
         Ok(python)
+    }
+
+    /// An environment of its own for the public clients of S3, none of which needs torch.
+    pub(crate) fn of_s3(context: &Context) -> Result<Self> {
+        let home = context.root.join(".venv-s3");
+        let python = Self::at(context, &home, false);
+        let works = || {
+            python.interpreter.is_file()
+                && python
+                    .run(context, "-Bc", &[])
+                    .args(&[S3_VERSIONS])
+                    .args(&S3)
+                    .deadline(Duration::from_secs(180))
+                    .succeeds()
+        };
+        if works() {
+            context.say(format!("using {}", shown(context, &home)));
+            return Ok(python);
+        }
+        python.make(context, &home, &S3.join(", "))?;
+        python.pip(context).args(&S3).deadline(Duration::from_secs(15 * 60)).run().map_err(|stop| {
+            Stop::Skipped(format!(
+                "pip could not install {}, the network or a wheel for this Python is missing: {stop}",
+                S3.join(", ")
+            ))
+        })?;
+        if works() { Ok(python) } else { Err(Stop::failed("the clients of S3 cannot be imported")) }
+    }
+
+    fn at(context: &Context, home: &Path, light: bool) -> Self {
+        Self {
+            interpreter: home.join(if cfg!(windows) { "Scripts/python.exe" } else { "bin/python" }),
+            scripts: context.root.join("xtask/python"),
+            light,
+        }
+    }
+
+    /// A new environment, still empty.
+    fn make(&self, context: &Context, home: &Path, what_for: &str) -> Result<()> {
+        if !context.job("python3").args(&["--version"]).deadline(Duration::from_secs(60)).succeeds() {
+            return Err(Stop::Skipped("python3 is not on this machine".to_owned()));
+        }
+        context.say(format!("making {} with {what_for}", shown(context, home)));
+        context
+            .job("python3")
+            .args(&["-m", "venv", "--clear"])
+            .args(&[home])
+            .deadline(Duration::from_secs(180))
+            .run()
+            .map_err(|stop| {
+                Stop::Skipped(format!("python3 cannot make a virtual environment with pip (its venv or ensurepip module may be missing): {stop}"))
+            })
+    }
+
+    fn pip(&self, context: &Context) -> Job {
+        context.job(&self.interpreter).args(&[
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-input",
+            "--disable-pip-version-check",
+        ])
     }
 
     /// What stands in for torch, for a table.

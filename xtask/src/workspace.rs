@@ -23,6 +23,9 @@ pub(crate) fn published() -> impl Iterator<Item = &'static str> {
     std::iter::once(CORE).chain(LEAVES)
 }
 
+/// How long a cold build may take.
+const BUILD: Duration = Duration::from_secs(40 * 60);
+
 /// What every command needs to know.
 #[derive(Debug)]
 pub(crate) struct Context {
@@ -111,10 +114,34 @@ impl Context {
         if release {
             arguments.push("--release");
         }
-        self.cargo(&arguments).deadline(Duration::from_secs(40 * 60)).run()?;
+        self.cargo(&arguments).deadline(BUILD).run()?;
         let profile = if release { "release" } else { "debug" };
         let name = format!("towline{}", std::env::consts::EXE_SUFFIX);
         Ok(self.target()?.join(profile).join(name))
+    }
+
+    /// Builds the example `name` of the crate `package`, with `features` or more, and returns its path.
+    pub(crate) fn example(
+        &self,
+        package: &str,
+        name: &str,
+        features: &str,
+        release: bool,
+    ) -> Result<PathBuf> {
+        self.say(format!("building the example {name}"));
+        if self.whole && !release {
+            // All examples at once, with the features of the whole workspace.
+            self.towline(false)?;
+        } else {
+            let mut arguments = vec!["build", "-p", package, "--example", name, "--features", features];
+            if release {
+                arguments.push("--release");
+            }
+            self.cargo(&arguments).deadline(BUILD).run()?;
+        }
+        let profile = if release { "release" } else { "debug" };
+        let file = format!("{profile}/examples/{name}{}", std::env::consts::EXE_SUFFIX);
+        Ok(self.target()?.join(file))
     }
 }
 

@@ -39,6 +39,7 @@ Usage:
   towline-peers codec (--parent A --current B | --base FILE) [--codecs X,Y] [--threads 1,2] [--runs 5] [--scratch DIR]
   towline-peers memory [--codec octave] [--threads 1,2] [--gib 4] [--scratch DIR]
   towline-peers store [--mib 1024] [--runs 5] [--peak-gib 0] [--python FILE --script FILE] [--scratch DIR]
+  towline-peers s3 --url s3://BUCKET [--mib 1024] [--shard-mib 256] [--round 0] [--python FILE --script FILE] [--scratch DIR]
   towline-peers next --parent A --delta D --out B      applies a delta in the safetensors form of the arc formats
   towline-peers list                                   the codecs";
 
@@ -68,13 +69,15 @@ fn run() -> Result<Value> {
         Some("codec") => compare::command(args),
         Some("memory") => memory::command(args),
         Some("store") => store::command(args),
+        Some("s3") => store::s3(args),
         Some("next") => files::next(args),
         Some("list") => Ok(compare::list()),
-        // The processes that `codec`, `memory` and `store` start.
+        // The processes that `codec`, `memory`, `store` and `s3` start.
         Some("encode-one") => measure::encode(args),
         Some("decode-one") => measure::decode(args),
         Some("memory-encode") => memory::encode(args),
         Some("memory-decode") => memory::decode(args),
+        Some("s3-memory") => store::serve_memory(),
         Some("store-peak-save") => store::peak_save(args),
         Some("store-peak-load") => store::peak_load(args),
         other => Err(Error::invalid(format!("no command {}", other.unwrap_or("was given"))).with_help(HELP)),

@@ -3,13 +3,14 @@
 
 mod others;
 mod peak;
+mod s3;
 mod state;
 mod ways;
 
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use towline_core::{Error, Result};
+use towline_core::{Error, Result, TensorSource as _};
 
 use self::others::Others;
 use self::state::State;
@@ -17,6 +18,7 @@ use self::ways::Ways;
 use crate::args::Args;
 
 pub(crate) use self::peak::{load as peak_load, save as peak_save};
+pub(crate) use self::s3::{command as s3, serve_memory};
 
 /// What is compared, each with the names of the ways it is done here and in Python.
 const GROUPS: [Group; 3] = [
@@ -53,7 +55,11 @@ pub(crate) fn command(mut args: Args) -> Result<Value> {
         let state = State::new(mib)?;
         let mut others = match python.zip(script) {
             Some((python, script)) => {
-                let others = Others::start(&python, &script, &scratch.0, &state)?;
+                // It makes tensors of the same shapes.
+                let shapes: Vec<Value> =
+                    state.tensors().iter().map(|meta| json!([meta.name(), meta.shape()])).collect();
+                let order = json!({"dir": scratch.0.join("python"), "tensors": shapes});
+                let others = Others::start(&python, &script, &order)?;
                 versions = others.versions().clone();
                 Some(others)
             }

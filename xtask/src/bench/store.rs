@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use super::{Program, load, machine, section};
+use super::{Program, load, machine, s3, section};
 use crate::args::Args;
 use crate::python::Python;
 use crate::stop::{Result, Stop};
@@ -22,6 +22,9 @@ const STALL: f64 = 1.2;
 const MEMORY: f64 = 64.0;
 
 pub(super) fn command(context: &Context, mut args: Args) -> Result<()> {
+    if args.flag("--s3") {
+        return s3::command(context, args);
+    }
     let (mib, runs) = (args.number("--mib")?.unwrap_or(1024), args.number("--runs")?.unwrap_or(5));
     let gib = args.number("--peak-gib")?.unwrap_or(0);
     let (python, check) = (args.flag("--python"), args.flag("--check"));
@@ -181,7 +184,7 @@ impl Report {
         let other = self.row(group, by, way)?;
         let ours = ours.iter().filter_map(|way| self.row(group, "rust", way));
         let (ratio, name) = ours
-            .map(|ours| (ratios(ours, other)[1], ours.name()))
+            .map(|ours| (ratios(&ours.seconds, &other.seconds)[1], ours.name()))
             .min_by(|left, right| left.0.total_cmp(&right.0))?;
         let pass = ratio <= most;
         let word = if pass { "PASS" } else { "FAIL" };
@@ -225,7 +228,7 @@ impl Report {
                 let [least, middle, _] = spread(&row.seconds);
                 let shown = |other: Option<&Row>| match other {
                     Some(other) if !std::ptr::eq(other, row) => {
-                        let [least, middle, most] = ratios(row, other);
+                        let [least, middle, most] = ratios(&row.seconds, &other.seconds);
                         format!("{middle:.2} ({least:.2}–{most:.2})")
                     }
                     Some(_) | None => "1".to_owned(),
@@ -266,14 +269,14 @@ impl Report {
     }
 }
 
-/// How many times as long `row` takes as `other`, round by round: least, median, most.
-fn ratios(row: &Row, other: &Row) -> [f64; 3] {
-    let each: Vec<f64> = row.seconds.iter().zip(&other.seconds).map(|(row, other)| row / other).collect();
+/// How many times as long one way takes as the other, round by round: least, median, most.
+pub(super) fn ratios(row: &[f64], other: &[f64]) -> [f64; 3] {
+    let each: Vec<f64> = row.iter().zip(other).map(|(row, other)| row / other).collect();
     spread(&each)
 }
 
 /// Least, median, most.
-fn spread(values: &[f64]) -> [f64; 3] {
+pub(super) fn spread(values: &[f64]) -> [f64; 3] {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let at = |place: usize| sorted.get(place).copied().unwrap_or(f64::NAN);

@@ -83,21 +83,7 @@ pub(super) fn azurite(context: &Context) -> Result<PathBuf> {
 
 /// Builds the program that checks the laws.
 pub(super) fn store_laws(context: &Context, release: bool) -> Result<PathBuf> {
-    context.say("building the example store_laws");
-    if context.whole && !release {
-        // The workspace's examples have the features that its command line asks for: all of them.
-        context.towline(false)?;
-    } else {
-        let mut arguments =
-            vec!["build", "-p", "towline-storage", "--example", "store_laws", "--features", "s3,gcs,azure"];
-        if release {
-            arguments.push("--release");
-        }
-        context.cargo(&arguments).deadline(Duration::from_secs(40 * 60)).run()?;
-    }
-    let profile = if release { "release" } else { "debug" };
-    let name = format!("{profile}/examples/store_laws{}", std::env::consts::EXE_SUFFIX);
-    Ok(context.target()?.join(name))
+    context.example("towline-storage", "store_laws", "s3,gcs,azure", release)
 }
 
 /// How long something may take that needs no network.

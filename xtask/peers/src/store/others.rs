@@ -5,10 +5,9 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use serde_json::{Value, json};
-use towline_core::{Error, Result, TensorSource as _};
+use towline_core::{Error, Result};
 
 use super::failed;
-use super::state::State;
 
 /// A process that is told a line and answers with one.
 pub(super) struct Others {
@@ -19,8 +18,8 @@ pub(super) struct Others {
 }
 
 impl Others {
-    /// Starts `script`, which makes tensors of the same shapes.
-    pub(super) fn start(python: &Path, script: &Path, dir: &Path, state: &State) -> Result<Self> {
+    /// Starts `script`, and gives it its first order.
+    pub(super) fn start(python: &Path, script: &Path, order: &Value) -> Result<Self> {
         let mut child = Command::new(python)
             .arg("-B")
             .arg(script)
@@ -32,9 +31,7 @@ impl Others {
             return Err(Error::internal("Python was started without pipes"));
         };
         let mut others = Self { child, orders, answers: BufReader::new(answers), versions: Value::Null };
-        let shapes: Vec<Value> =
-            state.tensors().iter().map(|meta| json!([meta.name(), meta.shape()])).collect();
-        others.versions = others.ask(&json!({"dir": dir.join("python"), "tensors": shapes}))?;
+        others.versions = others.ask(order)?;
         Ok(others)
     }
 
@@ -51,7 +48,8 @@ impl Others {
             .ok_or_else(|| Error::internal(format!("Python's `{group}` by `{way}` told no time")))
     }
 
-    fn ask(&mut self, order: &Value) -> Result<Value> {
+    /// One line there, one line back.
+    pub(super) fn ask(&mut self, order: &Value) -> Result<Value> {
         let ended = |error| failed("talk to Python: it has ended, and said why", error);
         writeln!(self.orders, "{order}").and_then(|()| self.orders.flush()).map_err(ended)?;
         let mut line = String::new();

@@ -9,13 +9,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use futures_util::{StreamExt as _, TryStreamExt as _};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use tokio::runtime::{Builder, Runtime};
 use towline_core::pipeline::Limits;
-use towline_core::{Error, JobId, Result, SessionId, SnapshotName, TensorMeta, TensorSource};
+use towline_core::{Error, JobId, Result, SessionId, SnapshotName, TensorSource};
 use towline_storage::{
-    BackgroundSaver, Local, Prune, Retention, SaveTrainState, SnapshotInfo, SnapshotRepo, Writer,
+    BackgroundSaver, BoxRead, Local, Prune, Retention, SaveTrainState, SnapshotInfo, SnapshotRepo, Writer,
 };
 
 use super::failed;
@@ -23,8 +22,6 @@ use super::state::State;
 
 /// What is written or read at once without a library.
 const PIECE: usize = 8 << 20;
-/// Tensors that are loaded at once.
-const AT_ONCE: usize = 8;
 
 /// A state, memory to load it into, and what was saved.
 pub(super) struct Ways {
@@ -196,18 +193,8 @@ async fn load_ours(
     kept: Vec<BytesMut>,
 ) -> Result<Vec<BytesMut>> {
     let reader = repo.open_state(info).await?;
-    let reads: Vec<_> =
-        state.tensors().iter().zip(kept).map(|(meta, kept)| load_one(&reader, meta, kept)).collect();
-    futures_util::stream::iter(reads).buffered(AT_ONCE).try_collect().await
-}
-
-async fn load_one(
-    reader: &towline_storage::StateReader,
-    meta: &TensorMeta,
-    kept: BytesMut,
-) -> Result<BytesMut> {
-    let offset = vec![0; meta.shape().len()];
-    reader.read_into(meta.name(), &offset, meta.shape(), kept).await
+    let boxes = state.tensors().iter().zip(kept).map(|(meta, kept)| BoxRead::whole(meta, kept));
+    reader.read_boxes(boxes.collect()).await
 }
 
 fn save_raw(state: &State, path: &Path) -> Result<()> {
