@@ -42,6 +42,16 @@ pub trait CheckpointCatalog: Debug + Send + Sync + 'static {
     /// kept without such entries.
     async fn loop_state(&self, state: &CheckpointInfo) -> Result<Map<String, Value>>;
 
+    /// Gives a checkpoint up: what nothing else needs is found no more, and its bytes go as the medium does it. One that
+    /// is gone already is `Ok`. By default `Unsupported`.
+    ///
+    /// # Errors
+    /// `Conflict` if it must stay: pinned, promoted, or the newest train state; what the medium answers.
+    async fn delete_checkpoint(&self, checkpoint: &CheckpointInfo) -> Result<()> {
+        Err(Error::unsupported(format!("{} cannot be deleted here", checkpoint.id))
+            .with_help("save it with a time to live instead"))
+    }
+
     /// Copies sampler weights of `job` to the model registry under `output_model_id`. The same source again is a
     /// success, also after a lost answer or a death halfway.
     ///
@@ -92,6 +102,9 @@ impl<T: CheckpointCatalog + ?Sized> CheckpointCatalog for Arc<T> {
     }
     async fn loop_state(&self, state: &CheckpointInfo) -> Result<Map<String, Value>> {
         (**self).loop_state(state).await
+    }
+    async fn delete_checkpoint(&self, checkpoint: &CheckpointInfo) -> Result<()> {
+        (**self).delete_checkpoint(checkpoint).await
     }
     async fn promote_checkpoint(
         &self,

@@ -46,8 +46,8 @@ pub use object::ObjectAdapter;
 pub use open::open;
 pub use options::StoreOptions;
 pub use repo::{
-    BackgroundSaver, Best, BoxRead, Depth, Finding, Kept, Lease, MAX_HEAD, Metric, Orphan, Pin, Promote,
-    Prune, Pruned, Publish, RankPart, RankReceipt, RankedSave, Repaired, Retention, SaveTrainState,
+    BackgroundSaver, Best, BoxRead, Depth, Finding, Kept, Lease, LoadedModel, MAX_HEAD, Metric, Orphan, Pin,
+    Promote, Prune, Pruned, Publish, RankPart, RankReceipt, RankedSave, Repaired, Retention, SaveTrainState,
     SnapshotInfo, SnapshotRepo, StateReader, StateTicket, TrainState, Verified, Wanted, WhenBusy, Writer,
     jobs,
 };

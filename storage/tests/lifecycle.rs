@@ -277,6 +277,40 @@ async fn pins_hold() {
 }
 
 #[tokio::test]
+async fn deleting_gives_up_one_and_never_what_something_needs() {
+    let bench = bench().await;
+    for text in ["state-1", "state-2"] {
+        bench.state(text).await;
+    }
+    let (base, delta, alone) =
+        (bench.base("base").await, bench.delta("delta", "base").await, bench.base("alone").await);
+    let newest = find(&bench.repo, "state-2").await;
+    let error = bench.repo.delete(&newest).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict);
+    assert!(error.message().ends_with("is not deleted: the newest train state"), "{error}");
+    bench.repo.pin(&alone, "best", "").await.unwrap();
+    let error = bench.repo.delete(&alone).await.unwrap_err();
+    assert!(error.message().ends_with("is not deleted: pinned as `best`"), "{error}");
+    bench.repo.unpin("best").await.unwrap();
+
+    let older = find(&bench.repo, "state-1").await;
+    for _ in 0..2 {
+        assert_eq!(bench.repo.delete(&older).await.unwrap(), None);
+        assert_eq!(bench.repo.delete(&alone).await.unwrap(), None);
+    }
+    assert_eq!(bench.repo.delete(&base).await.unwrap(), Some(Kept::NeededBy(delta.seq)));
+    let live = bench.repo.list().await.unwrap();
+    assert_eq!(names(&live), ["state-2", "base", "delta"]);
+    let pruned = bench.prune().await;
+    assert_eq!(why(&pruned, "base"), Kept::NeededBy(delta.seq));
+    assert_eq!(names(&pruned.waiting), ["state-1", "alone"]);
+    assert!(bench.repo.restore(&delta).await.is_ok());
+    // Free: the next pruning takes it.
+    bench.repo.delete(&delta).await.unwrap();
+    assert_eq!(names(&bench.prune().await.given_up), ["base"]);
+}
+
+#[tokio::test]
 async fn leases_hold_while_they_last() {
     let bench = bench().await;
     let a = bench.base("a").await;

@@ -1,19 +1,23 @@
 //! The checkpoints of a run: saved so that a retry finds its own, and resumed from without guessing.
 
+mod manager;
 mod position;
 mod resume;
 
 use std::collections::HashMap;
 use std::fmt;
+use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, OwnedMutexGuard};
 use towline_core::{
     CheckpointCatalog, CheckpointClass, CheckpointInfo, CheckpointRef, CheckpointType, Error, ErrorKind,
-    JobId, Pending, PendingStatus, Result, SaveState, SaveWeights, SavedWeights, SnapshotIdentity,
-    SnapshotName, StateRef, TrainingClient,
+    JobId, Pending, PendingStatus, Result, SaveState, SaveWeights, SavedWeights, SnapshotId,
+    SnapshotIdentity, SnapshotName, StateRef, TrainingClient,
 };
+
+pub use manager::{CheckpointManager, CheckpointSettings, Every, Finished};
 
 pub use position::Position;
 pub use resume::{DataChanged, Init, Resume, Resumed};
@@ -36,8 +40,12 @@ pub struct Run {
     base_model: Option<String>,
     data: Option<String>,
     deadline: Duration,
+    /// Tells the states that this process has saved from those of another one.
+    attempt: String,
+    /// The state that this process goes on from.
+    continued: Mutex<Option<SnapshotId>>,
     /// What saves have begun and not finished, by name.
-    open: Mutex<HashMap<SnapshotName, Open>>,
+    open: Mutex<HashMap<SnapshotName, Arc<Mutex<Open>>>>,
 }
 
 /// Which checkpoints a save makes.
@@ -62,6 +70,16 @@ pub struct Saved {
     pub sampler: Option<SavedWeights>,
 }
 
+/// A save as it was asked for.
+#[derive(Debug, Clone)]
+struct Save {
+    name: SnapshotName,
+    kind: SaveKind,
+    position: Position,
+    ttl: Option<Duration>,
+    rolling: bool,
+}
+
 /// A save that is not finished.
 #[derive(Debug, Default)]
 struct Open {
@@ -80,27 +98,26 @@ enum Part<T> {
 }
 
 impl<T: Clone + Send> Part<T> {
-    /// The result, of the operation that was submitted or that `submit` submits now.
-    async fn get(&mut self, submit: impl FnOnce() -> Pending<T> + Send, deadline: Duration) -> Result<T> {
-        let mut pending = match std::mem::take(self) {
+    /// The result of what was submitted.
+    async fn get(&mut self, deadline: Duration) -> Result<T> {
+        match std::mem::take(self) {
+            Self::Wanted => Err(Error::internal("a save was waited for and not submitted")),
             Self::Done(found) => {
-                *self = Self::Done(found.clone());
-                return Ok(found);
-            }
-            Self::Submitted(pending) => pending,
-            Self::Wanted => submit(),
-        };
-        match (&mut pending).wait(deadline).await {
-            Ok(found) => {
                 *self = Self::Done(found.clone());
                 Ok(found)
             }
-            Err(error) => {
-                if pending.status() != PendingStatus::Done {
-                    *self = Self::Submitted(pending);
+            Self::Submitted(mut pending) => match (&mut pending).wait(deadline).await {
+                Ok(found) => {
+                    *self = Self::Done(found.clone());
+                    Ok(found)
                 }
-                Err(error)
-            }
+                Err(error) => {
+                    if pending.status() != PendingStatus::Done {
+                        *self = Self::Submitted(pending);
+                    }
+                    Err(error)
+                }
+            },
         }
     }
 }
@@ -116,6 +133,8 @@ impl Run {
             base_model: None,
             data: None,
             deadline: DEADLINE,
+            attempt: format!("{:016x}", RandomState::new().hash_one(std::process::id())),
+            continued: Mutex::default(),
             open: Mutex::default(),
         }
     }
@@ -156,13 +175,13 @@ impl Run {
     }
 
     /// Saves the state, then the sampler weights (always a base), then the line of the log: what is recorded is what the
-    /// store answered. A save that failed halfway, or ran into the deadline, is called again with the same arguments: what
-    /// it had done is not done twice. A state of this job with the same name and the same position is this save's own,
-    /// from before a crash. One save at a time.
+    /// store answered. Both are submitted before anything is waited for, so that they hold the weights of this moment. A
+    /// save that failed halfway, or ran into the deadline, is called again with the same arguments: what it had done is
+    /// not done twice. A state of this name and position that this process has saved, or goes on from, is this save's own.
     ///
     /// # Errors
-    /// `AlreadyExists` at once if the name is taken by a state of another position; `TimedOut` while an operation goes
-    /// on; what the trainer, the store and the log answer. Nothing is recorded then.
+    /// `AlreadyExists` at once if the name is taken by another state; `TimedOut` while an operation goes on; what the
+    /// trainer, the store and the log answer. Nothing is recorded then.
     pub async fn save_checkpoint(
         &self,
         name: &SnapshotName,
@@ -170,20 +189,46 @@ impl Run {
         position: &Position,
         ttl: Option<Duration>,
     ) -> Result<Saved> {
-        let mut all = self.open.lock().await;
-        let open = all.entry(name.clone()).or_default();
+        let save = Save { name: name.clone(), kind, position: position.clone(), ttl, rolling: false };
+        let open = self.submit(&save).await?;
+        self.finish(&save, open).await
+    }
+
+    /// Gives the operations of a save their place in the order of the trainer's.
+    async fn submit(&self, save: &Save) -> Result<OwnedMutexGuard<Open>> {
+        let open = Arc::clone(self.open.lock().await.entry(save.name.clone()).or_default());
+        let mut open = open.lock_owned().await;
+        if save.kind != SaveKind::Sampler && matches!(open.state, Part::Wanted) {
+            let mut request = SaveState::new(save.name.clone());
+            request.ttl = save.ttl;
+            request.loop_state =
+                save.position.entries(self.base_model.as_deref(), self.data.as_deref(), &self.attempt)?;
+            open.state = match self.find_state(&save.name).await? {
+                Some(found) => Part::Done(self.own_state(&found, &request).await?),
+                None => Part::Submitted(self.client.save_state(request)),
+            };
+        }
+        if save.kind != SaveKind::State && matches!(open.sampler, Part::Wanted) {
+            let mut request = SaveWeights::new(save.name.clone()).with_type(CheckpointType::Base);
+            request.ttl = save.ttl;
+            open.sampler = Part::Submitted(self.client.save_weights_for_sampler_ext(request));
+        }
+        Ok(open)
+    }
+
+    /// Waits for what was submitted, and records it.
+    async fn finish(&self, save: &Save, mut open: OwnedMutexGuard<Open>) -> Result<Saved> {
         let mut saved = Saved { state: None, sampler: None };
-        if kind != SaveKind::Sampler {
-            saved.state = Some(self.save_state(&mut open.state, name, position, ttl).await?);
+        if save.kind != SaveKind::Sampler {
+            saved.state = Some(open.state.get(self.deadline).await?);
         }
-        if kind != SaveKind::State {
-            let mut request = SaveWeights::new(name.clone()).with_type(CheckpointType::Base);
-            request.ttl = ttl;
-            let submit = || self.client.save_weights_for_sampler_ext(request);
-            saved.sampler = Some(open.sampler.get(submit, self.deadline).await?);
+        if save.kind != SaveKind::State {
+            saved.sampler = Some(open.sampler.get(self.deadline).await?);
         }
-        self.record(name, position, &saved).await?;
-        all.remove(name);
+        self.record(save, &saved).await?;
+        // Who waits for this entry begins a save of its own.
+        *open = Open::default();
+        self.open.lock().await.remove(&save.name);
         Ok(saved)
     }
 
@@ -222,29 +267,30 @@ impl Run {
         blocking(move || log.repair(&before, lines)).await
     }
 
-    async fn save_state(
-        &self,
-        part: &mut Part<StateRef>,
-        name: &SnapshotName,
-        position: &Position,
-        ttl: Option<Duration>,
-    ) -> Result<StateRef> {
-        let mut request = SaveState::new(name.clone());
-        request.ttl = ttl;
-        request.loop_state = position.entries(self.base_model.as_deref(), self.data.as_deref())?;
-        if matches!(part, Part::Wanted)
-            && let Some(found) = self.find_state(name).await?
-        {
-            if self.catalog.loop_state(&found).await.ok().as_ref() != Some(&request.loop_state) {
-                return Err(Error::already_exists(format!(
-                    "job {} has a state {name} of another position",
-                    self.job
-                ))
-                .with_help("choose another name, such as one with the step"));
+    /// `found` as what `request` would save, if it is that.
+    async fn own_state(&self, found: &CheckpointInfo, request: &SaveState) -> Result<StateRef> {
+        let taken = |why: &str| {
+            Error::already_exists(format!("job {} has a state {} {why}", self.job, request.name))
+                .with_help("choose another name, such as one with the step")
+        };
+        let mut stored = match self.catalog.loop_state(found).await {
+            Ok(stored) => stored,
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Unsupported) => {
+                return Err(taken("that says nothing of its position"));
             }
-            *part = Part::Done(found.state()?);
+            Err(error) => return Err(error),
+        };
+        let mut wanted = request.loop_state.clone();
+        if self.continued.lock().await.as_ref() == Some(&found.id) {
+            stored.remove(position::ATTEMPT);
+            wanted.remove(position::ATTEMPT);
         }
-        part.get(|| self.client.save_state(request), self.deadline).await
+        if stored == wanted {
+            return found.state();
+        }
+        stored.remove(position::ATTEMPT);
+        wanted.remove(position::ATTEMPT);
+        Err(taken(if stored == wanted { "that another process has saved" } else { "of another position" }))
     }
 
     /// The job's state of this name, if there is one.
@@ -258,10 +304,13 @@ impl Run {
         }
     }
 
-    async fn record(&self, name: &SnapshotName, position: &Position, saved: &Saved) -> Result<()> {
+    async fn record(&self, save: &Save, saved: &Saved) -> Result<()> {
         let Some(log) = self.log.clone() else { return Ok(()) };
-        let name = saved.state.as_ref().map_or(name, |state| &state.name);
-        let mut line = position.describe(self.line(name, position.step));
+        let name = saved.state.as_ref().map_or(&save.name, |state| &state.name);
+        let mut line = save.position.describe(self.line(name, save.position.step));
+        if save.rolling {
+            line = line.with_rolling(true);
+        }
         if let Some(state) = &saved.state {
             line = line.with_state_path(self.state_path(&state.name));
         }

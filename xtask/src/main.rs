@@ -16,6 +16,7 @@ mod features;
 mod fuzz;
 mod golden;
 mod interop;
+mod kill_oracle;
 mod python;
 mod real_stores;
 mod run;
@@ -99,6 +100,12 @@ const COMMANDS: &[Command] = &[
         about: "let savers and a server die everywhere, and look at what is left",
         help: crash_matrix::HELP,
         run: crash_matrix::command,
+    },
+    Command {
+        name: "kill-oracle",
+        about: "kill a training process at random instants, and compare what it goes on to",
+        help: kill_oracle::HELP,
+        run: kill_oracle::command,
     },
     Command {
         name: "disks",

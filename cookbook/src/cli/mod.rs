@@ -33,6 +33,13 @@ enum Command {
     /// Train, sync and serve a small model in three processes, with a crash in the middle, and check it all.
     #[command(after_help = "Example:\n  towline quickstart --dir quickstart --steps 120")]
     Quickstart(crate::quickstart::Options),
+    /// Train a small model; the same command again goes on where a killed one was.
+    #[command(after_help = "Example:\n  towline train --store ./store --job sft --steps 200 --log ./sft")]
+    Train(crate::train::Options),
+    /// The whole way in processes of their own: supervised training, reinforcement learning from its state, a crash, a
+    /// resume at another learning rate, promotion, and a server of the model. Checks itself.
+    #[command(after_help = "Example:\n  towline pipeline --dir pipeline")]
+    Pipeline(crate::pipeline::Options),
     /// Serve something.
     #[command(subcommand)]
     Serve(serve::Command),
@@ -92,6 +99,8 @@ fn run(command: Command, output: &Output) -> Result<()> {
         Command::Bench(command) => bench::run(command, output),
         Command::Quickstart(options) => block_on(crate::quickstart::run(options, output)),
         Command::QuickstartTrainer(options) => block_on(crate::quickstart::train(options)),
+        Command::Train(options) => block_on(crate::train::run(options, output)),
+        Command::Pipeline(options) => block_on(crate::pipeline::run(options, output)),
         Command::Serve(command) => block_on(serve::run(command, output)),
         Command::Deployment(command) => block_on(deployment::run(command, output)),
         Command::Checkpoint(command) => block_on(checkpoint::run(command, output)),

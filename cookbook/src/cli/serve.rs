@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use serde_json::json;
-use towline_core::Result;
+use towline_core::{ModelId, Result};
 
 use super::output::Output;
 use crate::server::{Server, ServerOptions};
@@ -31,6 +31,9 @@ pub(crate) struct Engine {
     /// The model's name.
     #[arg(long, default_value = "towline")]
     model: String,
+    /// A model of the registry to serve from the start; without it nothing is served until the first hot-load.
+    #[arg(long, value_name = "MODEL_ID")]
+    promoted: Option<ModelId>,
     /// Milliseconds after the start before hot-loads are taken (health is green at once).
     #[arg(long, default_value_t = 0)]
     ready_after_ms: u64,
@@ -42,6 +45,7 @@ pub(crate) async fn run(command: Command, output: &Output) -> Result<()> {
     let server_options = ServerOptions::default()
         .with_address(SocketAddr::new(options.host, options.port))
         .with_model(options.model)
+        .with_promoted(options.promoted)
         .with_ready_after(Duration::from_millis(options.ready_after_ms));
     let server = Server::start(store, server_options).await?;
     output.result(format_args!("listening on {}", server.url()), &json!({"url": server.url()}));

@@ -10,7 +10,7 @@ use super::supervisor::Story;
 
 /// One check and what it found.
 #[derive(Debug, Serialize)]
-pub(super) struct Check {
+pub(crate) struct Check {
     name: &'static str,
     result: Verdict,
     found: String,
@@ -25,15 +25,15 @@ enum Verdict {
 }
 
 impl Check {
-    pub(super) fn passed(name: &'static str, found: String) -> Self {
+    pub(crate) fn passed(name: &'static str, found: String) -> Self {
         Self { name, result: Verdict::Passed, found }
     }
 
-    pub(super) fn failed(name: &'static str, found: String) -> Self {
+    pub(crate) fn failed(name: &'static str, found: String) -> Self {
         Self { name, result: Verdict::Failed, found }
     }
 
-    pub(super) fn has_failed(&self) -> bool {
+    pub(crate) fn has_failed(&self) -> bool {
         self.result == Verdict::Failed
     }
 }
@@ -50,7 +50,7 @@ impl fmt::Display for Check {
 }
 
 /// The killed run ended as the undisturbed one: weights, moments, RNG, cursor and rewards, bit for bit.
-pub(super) async fn same_end(
+pub(crate) async fn same_end(
     ours: &SnapshotRepo,
     our_end: Option<&str>,
     theirs: &SnapshotRepo,
@@ -88,7 +88,7 @@ pub(super) async fn same_end(
 }
 
 /// The reward rises: mean exact match of the last 10 steps against the first 10.
-pub(super) fn learning(story: &Story, steps: u64) -> Check {
+pub(crate) fn learning(story: &Story, steps: u64) -> Check {
     let name = "learning";
     if steps < 100 {
         let found = format!("{steps} steps are too few to judge by; the default is 120");

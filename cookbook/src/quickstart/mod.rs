@@ -1,7 +1,6 @@
 //! The quickstart: real training, real syncs, a real crash, in three processes that check themselves.
 
 mod checks;
-mod process;
 mod supervisor;
 mod trainer;
 
@@ -11,7 +10,8 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use towline_deploy::Receipt;
 
-pub(crate) use supervisor::run;
+pub(crate) use checks::Check;
+pub(crate) use supervisor::{run, run_tag};
 pub(crate) use trainer::train;
 
 /// What `towline quickstart` takes.

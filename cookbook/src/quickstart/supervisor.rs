@@ -10,9 +10,9 @@ use towline_deploy::Receipt;
 use towline_storage::SnapshotRepo;
 
 use super::checks::{Check, learning, same_end};
-use super::process::Process;
 use super::{Event, Options, Phase};
 use crate::cli::{Output, table};
+use crate::process::Process;
 
 /// One trained job, as its events told it. Steps that a crash undid are overwritten by their repetition.
 #[derive(Debug, Default)]
@@ -229,7 +229,7 @@ fn display(path: &Path) -> String {
     path.display().to_string()
 }
 
-fn run_tag() -> String {
+pub(crate) fn run_tag() -> String {
     use std::hash::{BuildHasher, RandomState};
     format!("{:08x}", RandomState::new().hash_one(std::process::id()) >> 32)
 }

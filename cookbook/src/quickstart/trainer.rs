@@ -5,19 +5,20 @@ use std::time::Duration;
 
 use serde_json::json;
 use towline_core::{
-    AdamParams, Batch, CheckpointType, Error, JobId, Loss, Result, SaveState, SnapshotId, SnapshotKind,
-    SnapshotName, StateRef, TrainingClient,
+    AdamParams, Batch, CheckpointType, Error, JobId, Loss, Result, SaveState, SnapshotKind, SnapshotName,
+    StateRef, TrainingClient,
 };
 use towline_deploy::WeightSyncer;
 use towline_storage::SnapshotRepo;
 use towline_trainer_client::PendingExt;
 
 use super::{Event, Phase, TrainerOptions};
-use crate::client::{Completions, SampleRequest};
+use crate::client::Completions;
 use crate::embedded::loop_state;
-use crate::engine::task::{Problem, group_advantages, supervised_batch};
-use crate::engine::{Model, ModelConfig, Rng, Schedule, score};
+use crate::engine::task::{Problem, supervised_batch};
+use crate::engine::{ModelConfig, Rng, Schedule};
 use crate::recipes::{self, DEADLINE, Trainer};
+use crate::rollout::{self, Policy, Rollout};
 
 const SEED: u64 = 7;
 const SUPERVISED_STEPS: u64 = 200;
@@ -26,8 +27,6 @@ const SYNC_EVERY: u64 = 50;
 const STATE_EVERY: u64 = 20;
 const PROMPTS: usize = 16;
 const SAMPLES: usize = 8;
-/// How far a sampled log-prob may be from the one that a full forward pass gives: two orders of the same sums.
-const LOGPROB_GAP: f64 = 1e-4;
 
 /// Trains the job to its end, from its newest state if it has one.
 pub(crate) async fn train(options: TrainerOptions) -> Result<()> {
@@ -65,7 +64,7 @@ struct Run {
 struct Session {
     trainer: Trainer,
     syncer: WeightSyncer,
-    served: Option<(SnapshotId, Model)>,
+    served: Option<Policy>,
 }
 
 impl Run {
@@ -143,49 +142,18 @@ impl Run {
 
     async fn step(&self, session: &Session, progress: &mut Progress, schedule: &Schedule) -> Result<f64> {
         let problems: Vec<Problem> = (0..PROMPTS).map(|_| Problem::random(&mut progress.rng)).collect();
-        let request = SampleRequest {
-            prompts: problems.iter().map(Problem::prompt_tokens).collect(),
-            n: SAMPLES,
-            max_tokens: crate::engine::task::DIGITS,
-            seed: progress.rng.next_u64() >> 11,
-        };
-        let answer = self.completions.sample(&request).await?;
-        let (policy, served) =
+        let policy =
             session.served.as_ref().ok_or_else(|| Error::internal("nothing was synced before sampling"))?;
-        let (mut data, mut rewards, mut exact, mut gap) = (Vec::new(), Vec::new(), 0, 0f64);
-        for (problem, samples) in problems.iter().zip(&answer) {
-            let group: Vec<f64> = samples.iter().map(|sample| problem.reward(&sample.tokens)).collect();
-            exact += samples.iter().filter(|sample| problem.is_exact(&sample.tokens)).count();
-            for (sample, advantage) in samples.iter().zip(group_advantages(&group)) {
-                data.push(problem.policy(&sample.tokens, &sample.logprobs, advantage));
-            }
-            if let Some(sample) = samples.first() {
-                if sample.snapshot != policy.identity.as_str() {
-                    return Err(Error::internal(format!(
-                        "wanted samples of {policy}, {} answered",
-                        sample.snapshot
-                    )));
-                }
-                gap = gap.max(logprob_gap(served, &problem.prompt_tokens(), sample)?);
-            }
-            rewards.extend(group);
-        }
-        if gap > LOGPROB_GAP {
-            return Err(Error::internal(format!(
-                "sampled log-probs are off by {gap:e}, at most {LOGPROB_GAP:e} is allowed"
-            )));
-        }
-        let count = (PROMPTS * SAMPLES) as f32;
-        for datum in &mut data {
-            datum.advantages.iter_mut().for_each(|advantage| *advantage /= count);
-        }
+        let seed = progress.rng.next_u64() >> 11;
+        let Rollout { data, reward, exact, gap } =
+            rollout::collect(&self.completions, policy, &problems, SAMPLES, seed).await?;
         let forward = session.trainer.client.forward_backward(Batch::new(data, Loss::ImportanceSampling));
         let step = session.trainer.client.optim_step(AdamParams::new(schedule.at(progress.step)));
         forward.wait(DEADLINE).await?;
         step.wait(DEADLINE).await?;
         progress.step += 1;
-        progress.rewards.push(rewards.iter().sum::<f64>() / rewards.len().max(1) as f64);
-        progress.exact.push(exact as f64 / f64::from(count));
+        progress.rewards.push(reward);
+        progress.exact.push(exact);
         Ok(gap)
     }
 
@@ -200,19 +168,9 @@ impl Run {
     ) -> Result<()> {
         let receipt = session.syncer.save_and_hotload(SnapshotName::new(name)?, kind).await?;
         let model = session.trainer.weights.published_model().await?;
-        for prompt in ["3141>1134", "9876>6789", "0000>0000"] {
-            let tokens = crate::engine::ByteTokenizer.encode(prompt);
-            let ours = score(&model, &tokens)?;
-            let theirs = self.completions.score(&tokens, &receipt.snapshot.id).await?;
-            let bits = |scores: &[f32]| scores.iter().map(|score| score.to_bits()).collect::<Vec<_>>();
-            if bits(&ours) != bits(&theirs) {
-                return Err(Error::internal(format!(
-                    "{}: the server's log-probs of `{prompt}` are {theirs:?}, the trainer's {ours:?}",
-                    receipt.snapshot.id
-                )));
-            }
-        }
-        session.served = Some((receipt.snapshot.id.clone(), model));
+        let policy = Policy { id: receipt.snapshot.id.clone(), model };
+        rollout::check_served(&self.completions, &policy).await?;
+        session.served = Some(policy);
         emit(&Event::Synced { phase, step, receipt: Box::new(receipt) })
     }
 
@@ -263,13 +221,6 @@ fn with_progress(request: SaveState, progress: &Progress) -> SaveState {
 
 fn state_name(step: u64) -> String {
     format!("rl-{step:05}")
-}
-
-fn logprob_gap(model: &Model, prompt: &[u32], sample: &crate::client::Sampled) -> Result<f64> {
-    let tokens = [prompt, &sample.tokens].concat();
-    let scores = score(model, &tokens)?;
-    let gaps = scores.iter().skip(prompt.len()).zip(&sample.logprobs);
-    Ok(gaps.map(|(ours, theirs)| f64::from((ours - theirs).abs())).fold(0.0, f64::max))
 }
 
 fn last(values: &[f64]) -> f64 {

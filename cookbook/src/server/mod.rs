@@ -17,7 +17,7 @@ use axum::Router;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::routing::{get, post};
 use serde_json::{Value, json};
-use towline_core::{Error, Result, SnapshotStore};
+use towline_core::{Error, ModelId, Result, SnapshotStore};
 
 pub use state::Served;
 use state::Shared;
@@ -39,6 +39,8 @@ pub struct ServerOptions {
     pub ready_after: Duration,
     /// Prompts kept by the prefix cache. Default 1024.
     pub cached_prompts: usize,
+    /// The model of the registry that is served from the start. Default: nothing, until the first hot-load.
+    pub promoted: Option<ModelId>,
 }
 
 impl Default for ServerOptions {
@@ -48,6 +50,7 @@ impl Default for ServerOptions {
             model: "towline".into(),
             ready_after: Duration::ZERO,
             cached_prompts: 1024,
+            promoted: None,
         }
     }
 }
@@ -64,6 +67,13 @@ impl ServerOptions {
     #[must_use]
     pub fn with_model(mut self, model: impl Into<String>) -> Self {
         self.model = model.into();
+        self
+    }
+
+    /// Sets the model of the registry that is served from the start.
+    #[must_use]
+    pub fn with_promoted(mut self, model: Option<ModelId>) -> Self {
+        self.promoted = model;
         self
     }
 
@@ -84,11 +94,15 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listens and serves; snapshots are read from `store`. Nothing is served until the first hot-load.
+    /// Listens and serves; snapshots are read from `store`. Without a promoted model nothing is served until the first
+    /// hot-load.
     ///
     /// # Errors
-    /// `Unavailable` if the address cannot be bound.
+    /// `Unavailable` if the address cannot be bound; as [`SnapshotRepo::load_model`](towline_storage::SnapshotRepo).
     pub async fn start(store: Arc<dyn SnapshotStore>, options: ServerOptions) -> Result<Self> {
+        let shared = Arc::new(Shared::new(store, options));
+        shared.serve_promoted().await?;
+        let options = &shared.options;
         let listener = tokio::net::TcpListener::bind(options.address).await.map_err(|error| {
             Error::unavailable(format!("{} cannot be listened on", options.address))
                 .with_help("choose another port, or 0 for a free one")
@@ -97,7 +111,6 @@ impl Server {
         let address = listener
             .local_addr()
             .map_err(|error| Error::internal("the listener has no address").with_source(error))?;
-        let shared = Arc::new(Shared::new(store, options));
         let router = router(Arc::clone(&shared));
         let task = tokio::spawn(async move {
             // axum::serve ends only with the task.

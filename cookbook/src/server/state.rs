@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
 use towline_core::{
-    ContentDigest, Error, ManifestDigest, OpId, Result, SnapshotId, SnapshotIdentity, SnapshotKind,
+    ContentDigest, Error, JobId, ManifestDigest, OpId, Result, SnapshotId, SnapshotIdentity, SnapshotKind,
     SnapshotStore, Stage, Weights, same_tensors,
 };
 use towline_storage::{SnapshotInfo, SnapshotRepo, Wanted};
@@ -112,6 +112,23 @@ impl Shared {
             requests: AtomicU64::new(0),
             load: Mutex::default(),
         }
+    }
+
+    /// Serves the model that the options name, if they name one.
+    pub(super) async fn serve_promoted(&self) -> Result<()> {
+        let Some(id) = &self.options.promoted else { return Ok(()) };
+        // The registry is the store's: any job's repo reads it.
+        let repo = SnapshotRepo::new(Arc::clone(&self.store), JobId::new("server")?, towline_codec::all());
+        let loaded = repo.load_model(id).await?;
+        let source = loaded.model.source.id;
+        let config = loaded.files.iter().find(|(path, _)| path == "config.json").map(|(_, body)| body);
+        let config = config.ok_or_else(|| {
+            Error::unsupported(format!("model `{id}` has no config.json"))
+                .with_help("serve a model of full weights")
+        })?;
+        let model = bridge::model(&parse_config(config)?, &loaded.weights)?;
+        self.served.store(Some(Arc::new(Served { id: source, weights: loaded.weights, model })));
+        Ok(())
     }
 
     pub(super) fn served(&self) -> Option<Arc<Served>> {
@@ -281,8 +298,7 @@ impl Shared {
         let id = info.id.clone();
         let build = tokio::task::spawn_blocking(move || {
             let started = Instant::now();
-            let text = std::str::from_utf8(&config).map_err(|_| Error::corrupt("config.json is no text"))?;
-            let config = ModelConfig::from_json(text)?;
+            let config = parse_config(&config)?;
             if let Some(served) = &served {
                 same_tensors(served.weights.tensors(), weights.tensors()).map_err(|error| {
                     error.context("the snapshot is of another model than the one that is served")
@@ -308,4 +324,9 @@ impl Shared {
         (load.load, load.verify, load.pause) = (Some(loaded), Some(verified), Some(pause));
         Ok(())
     }
+}
+
+fn parse_config(bytes: &[u8]) -> Result<ModelConfig> {
+    let text = std::str::from_utf8(bytes).map_err(|_| Error::corrupt("config.json is no text"))?;
+    Ok(ModelConfig::from_json(text)?)
 }

@@ -47,13 +47,13 @@ impl CheckpointCatalog for SnapshotRepo {
             _ => return Err(unknown(reference)),
         };
         let repo = self.of_job(job);
-        let (wanted, other) = match class {
-            CheckpointClass::Sampler => (Wanted::Sampler, Wanted::State),
-            CheckpointClass::State => (Wanted::State, Wanted::Sampler),
+        let other = match class {
+            CheckpointClass::Sampler => CheckpointClass::State,
+            CheckpointClass::State => CheckpointClass::Sampler,
         };
-        match repo.find(name, wanted).await {
+        match repo.find(name, wanted(class)).await {
             Ok(info) => Ok(repo.checkpoint_info(&info)),
-            Err(error) if error.kind() == ErrorKind::NotFound => match repo.find(name, other).await {
+            Err(error) if error.kind() == ErrorKind::NotFound => match repo.find(name, wanted(other)).await {
                 Ok(info) => Err(Error::invalid(format!(
                     "{} of job {} is a {} ({}): wanted a {class}",
                     info.id,
@@ -81,6 +81,16 @@ impl CheckpointCatalog for SnapshotRepo {
         }
     }
 
+    async fn delete_checkpoint(&self, checkpoint: &CheckpointInfo) -> Result<()> {
+        let repo = self.of_job(checkpoint.job.clone());
+        let class = CheckpointClass::of(checkpoint.kind);
+        match repo.find(checkpoint.id.identity.as_str(), wanted(class)).await {
+            Ok(info) => repo.delete(&info).await.map(drop),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     async fn promote_checkpoint(
         &self,
         job: &JobId,
@@ -89,6 +99,13 @@ impl CheckpointCatalog for SnapshotRepo {
     ) -> Result<PromotedModel> {
         let promote = Promote::new(output_model_id.clone());
         self.of_job(job.clone()).promote(checkpoint.as_str(), &promote).await
+    }
+}
+
+fn wanted(class: CheckpointClass) -> Wanted {
+    match class {
+        CheckpointClass::Sampler => Wanted::Sampler,
+        CheckpointClass::State => Wanted::State,
     }
 }
 

@@ -7,12 +7,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use towline_core::{ObjectKey, Result};
+use towline_core::{Error, ErrorKind, ObjectKey, Result};
 
 use super::SnapshotRepo;
 use super::head::{Head, Pending, Tombstone};
 use super::info::{SnapshotInfo, Wanted};
-use super::retain::{Kept, Retention, kept};
+use super::retain::{Kept, Retention, SKEW, kept};
 use crate::random::{now_ms, whole_ms};
 
 /// How long files stay after their snapshot was given up, and files that never became one.
@@ -108,6 +108,50 @@ impl SnapshotRepo {
             self.clear_leases(now_ms).await?;
         }
         Ok(Pruned { now_ms, kept, given_up, waiting, deleted, orphans })
+    }
+
+    /// Gives one snapshot up, whatever the rules say; [`SnapshotRepo::prune`] deletes its files after the grace. What a
+    /// reader holds or something live needs expires now instead, and goes with the first pruning that finds it free:
+    /// the reason is returned. Twice is once.
+    ///
+    /// # Errors
+    /// `Conflict` if it is pinned or the newest train state: nothing is changed then. What the store answers.
+    pub async fn delete(&self, info: &SnapshotInfo) -> Result<Option<Kept>> {
+        let now_ms = self.store_now().await?;
+        let leased = self.leased(now_ms).await?;
+        let mut reason = None;
+        let change = |head: Option<Head>| {
+            let mut head = self.existing(head)?;
+            let needs = |other: &&SnapshotInfo| other.needs(info);
+            reason = match kept(&head, &Retention::new(), &leased, now_ms).remove(&info.seq) {
+                Some(why @ (Kept::Pinned(_) | Kept::NewestState)) => {
+                    let refused = format!("{} of job {} is not deleted: {why}", info.id, self.job);
+                    return Err(Error::new(ErrorKind::Conflict, refused)
+                        .with_help("take the pin away, or save another state first"));
+                }
+                Some(Kept::Leased) => Some(Kept::Leased),
+                // By no rule, but for what lives.
+                _ => head.live.iter().find(needs).map(|other| Kept::NeededBy(other.seq)),
+            };
+            let at = head.live.iter().position(|live| live.seq == info.seq && live.dir == info.dir);
+            if let Some(at) = at {
+                if reason.is_none() {
+                    let info = head.live.remove(at);
+                    head.tombstones.push(Tombstone { info, since_ms: now_ms });
+                    head.tombstones.sort_by_key(|tombstone| tombstone.info.seq);
+                } else if let Some(live) = head.live.get_mut(at) {
+                    live.expires_ms = Some(now_ms.saturating_sub(whole_ms(SKEW)));
+                }
+            }
+            Ok(head)
+        };
+        let done = |head: &Head| {
+            head.live(info.seq)
+                .is_none_or(|live| live.dir != info.dir || live.is_expired(now_ms))
+                .then_some(())
+        };
+        self.head_object()?.replace(change, done).await?;
+        Ok(reason)
     }
 
     /// What stays, and what is moved to the tombstones.

@@ -48,7 +48,7 @@ pub use doctor::Finding;
 pub use head::{MAX_HEAD, Pin};
 pub use info::{Metric, SnapshotInfo, Wanted};
 pub use keep::Lease;
-pub use promote::Promote;
+pub use promote::{LoadedModel, Promote};
 pub use publish::{Publish, SaveTrainState};
 pub use ranks::{RankPart, RankReceipt, StateTicket};
 pub use repair::Repaired;

@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use towline_core::safetensors::{Header, layout};
+use towline_core::safetensors::{Header, SafetensorsFiles, layout};
 use towline_core::{
     BlockHasher, CheckpointInfo, Error, ErrorKind, FileEntry, JobId, MODELS, ModelId, ModelKind, ObjectKey,
-    ObjectWriter, PromotedModel, PutMode, Result, SnapshotKind, TensorDigest, TensorMeta, Version,
+    ObjectWriter, PromotedModel, PutMode, Result, SnapshotKind, TensorDigest, TensorMeta, Version, Weights,
 };
 
 use super::chain::Link;
@@ -80,6 +80,18 @@ impl fmt::Debug for Promote {
             .field("materialise", &self.materialise)
             .finish_non_exhaustive()
     }
+}
+
+/// A model of the registry, in memory.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct LoadedModel {
+    /// What it is, and where it comes from.
+    pub model: PromotedModel,
+    /// Its weights.
+    pub weights: Weights,
+    /// Its other files by path, such as `config.json`.
+    pub files: Vec<(String, Bytes)>,
 }
 
 /// The record of a model.
@@ -194,6 +206,40 @@ impl SnapshotRepo {
         }
         found.sort_by(|left, right| left.name.cmp(&right.name));
         Ok(found)
+    }
+
+    /// A model of the registry, in memory, every byte checked against what was promoted.
+    ///
+    /// # Errors
+    /// `NotFound`, naming the models that there are; `Corrupt` for damage; what the store answers.
+    pub async fn load_model(&self, id: &ModelId) -> Result<LoadedModel> {
+        let folder = ObjectKey::new(format!("{MODELS}/{id}"))?;
+        let found = self.record(&folder.join(RECORD)?).await?.filter(|(record, _)| record.ready);
+        let Some((Record { model, .. }, _)) = found else {
+            let ready = self.models().await?;
+            let known: Vec<_> = ready.iter().map(|model| model.name.as_str()).collect();
+            let missing = Error::not_found(format!("the store has no model `{id}`"));
+            return Err(missing.with_help(match known.is_empty() {
+                true => "promote a checkpoint first: the store has no model".to_owned(),
+                false => format!("use one of {}", known.join(", ")),
+            }));
+        };
+        let (mut files, mut others) = (Vec::new(), Vec::new());
+        for object in self.ops.list(&folder).await? {
+            let body = self.ops.get(&object.key, None).await?;
+            let path = object.key.as_str().trim_start_matches(folder.as_str()).trim_start_matches('/');
+            match path.ends_with(".safetensors") {
+                true => files.push(body),
+                false => others.push((path.to_owned(), body)),
+            }
+        }
+        let read = SafetensorsFiles::open(files).and_then(|files| Weights::read_all(&files));
+        let weights = read.map_err(|error| error.context(&folder))?;
+        if weights.content_digest() != model.source.id.digest {
+            return Err(Error::corrupt(format!("the weights in `{folder}` are not {}", model.source.id))
+                .with_help("delete the model's folder, and promote again"));
+        }
+        Ok(LoadedModel { model, weights, files: others })
     }
 
     /// What is to be promoted, if it can be.

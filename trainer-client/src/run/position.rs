@@ -16,9 +16,14 @@ pub struct Position {
     pub data_consumed: u64,
     /// Raw rows consumed, where rows are dropped on the way.
     pub raw_rows_consumed: Option<u64>,
+    /// Tokens trained on, where saves go by them.
+    pub tokens: Option<u64>,
     /// What else the loop wants to find again: its RNG, rewards.
     pub entries: Map<String, Value>,
 }
+
+/// The key of [`Stored::attempt`].
+pub(super) const ATTEMPT: &str = "attempt";
 
 /// As a state keeps it.
 #[derive(Debug, Serialize, Deserialize)]
@@ -27,6 +32,11 @@ pub(super) struct Stored {
     data_consumed: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     raw_rows_consumed: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tokens: Option<u64>,
+    /// Which process has saved it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    attempt: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) base_model: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -42,6 +52,13 @@ impl Position {
         Self { step, data_consumed, ..Self::default() }
     }
 
+    /// Sets the tokens trained on.
+    #[must_use]
+    pub fn with_tokens(mut self, tokens: u64) -> Self {
+        self.tokens = Some(tokens);
+        self
+    }
+
     /// Adds an entry of the loop's own.
     #[must_use]
     pub fn with_entry(mut self, key: impl Into<String>, value: impl Into<Value>) -> Self {
@@ -50,11 +67,18 @@ impl Position {
     }
 
     /// What a state keeps.
-    pub(super) fn entries(&self, base_model: Option<&str>, data: Option<&str>) -> Result<Map<String, Value>> {
+    pub(super) fn entries(
+        &self,
+        base_model: Option<&str>,
+        data: Option<&str>,
+        attempt: &str,
+    ) -> Result<Map<String, Value>> {
         let stored = Stored {
             step: self.step,
             data_consumed: self.data_consumed,
             raw_rows_consumed: self.raw_rows_consumed,
+            tokens: self.tokens,
+            attempt: Some(attempt.to_owned()),
             base_model: base_model.map(str::to_owned),
             data: data.map(str::to_owned),
             entries: self.entries.clone(),
@@ -85,7 +109,7 @@ impl Stored {
     }
 
     pub(super) fn position(self) -> Position {
-        let Self { step, data_consumed, raw_rows_consumed, entries, .. } = self;
-        Position { step, data_consumed, raw_rows_consumed, entries }
+        let Self { step, data_consumed, raw_rows_consumed, tokens, entries, .. } = self;
+        Position { step, data_consumed, raw_rows_consumed, tokens, entries }
     }
 }

@@ -224,6 +224,7 @@ impl Run {
         self.same_model(state, &stored)?;
         self.same_data(state, &stored, resume)?;
         self.load(state, true).await?;
+        *self.continued.lock().await = Some(state.id.clone());
         Ok(self.cursor(stored, resume))
     }
 

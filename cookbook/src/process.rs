@@ -12,14 +12,14 @@ const SILENCE: Duration = Duration::from_secs(120);
 
 /// This program, run again with other arguments. Dropping it kills it.
 #[derive(Debug)]
-pub(super) struct Process {
+pub(crate) struct Process {
     what: &'static str,
     child: Child,
     lines: Lines<BufReader<ChildStdout>>,
 }
 
 impl Process {
-    pub(super) fn start(what: &'static str, arguments: &[&str]) -> Result<Self> {
+    pub(crate) fn start(what: &'static str, arguments: &[&str]) -> Result<Self> {
         let failed =
             |error| Error::internal(format!("the {what} process cannot be started")).with_source(error);
         let program = std::env::current_exe().map_err(failed)?;
@@ -36,7 +36,7 @@ impl Process {
     }
 
     /// The next line as JSON; `None` when the child has closed its output.
-    pub(super) async fn next<T: serde::de::DeserializeOwned>(&mut self) -> Result<Option<T>> {
+    pub(crate) async fn next<T: serde::de::DeserializeOwned>(&mut self) -> Result<Option<T>> {
         let line = tokio::time::timeout(SILENCE, self.lines.next_line())
             .await
             .map_err(|_| {
@@ -52,7 +52,7 @@ impl Process {
     }
 
     /// Kills it at once (SIGKILL on Unix) and waits for its end.
-    pub(super) async fn kill(mut self) -> Result<()> {
+    pub(crate) async fn kill(mut self) -> Result<()> {
         self.child.kill().await.map_err(|error| {
             Error::internal(format!("the {} cannot be killed", self.what)).with_source(error)
         })
@@ -62,7 +62,7 @@ impl Process {
     ///
     /// # Errors
     /// `Internal` if it failed.
-    pub(super) async fn finish(mut self) -> Result<()> {
+    pub(crate) async fn finish(mut self) -> Result<()> {
         let ended = tokio::time::timeout(SILENCE, self.child.wait()).await;
         let status = ended.map_err(|_| Error::timed_out(format!("the {} did not end", self.what)))?.map_err(
             |error| Error::internal(format!("the {} cannot be waited for", self.what)).with_source(error),
