@@ -9,7 +9,9 @@ use towline_cookbook::recipes::Trainer;
 use towline_core::{CheckpointRef, ContentDigest, ErrorKind, JobId, PutMode, SnapshotName, SnapshotStore};
 use towline_storage::testing::{Fault, FaultStore, Operation, Plan};
 use towline_storage::{Memory, SnapshotRepo, Wanted};
-use towline_trainer_client::{CheckpointLog, DataChanged, Init, Position, Resume, Resumed, Run, SaveKind};
+use towline_trainer_client::{
+    CheckpointLog, DataChanged, Init, Position, Resume, Resumed, Run, SaveKind, repair_log,
+};
 
 fn repo(store: &Arc<dyn SnapshotStore>, job: &str) -> SnapshotRepo {
     let store = Arc::clone(store);
@@ -104,7 +106,7 @@ async fn a_killed_run_goes_on_bit_for_bit_and_saves_the_same_names() {
     assert_eq!(lines[0].sampler_path.as_deref(), Some(saved.sampler.unwrap().snapshot_name.as_str()));
     assert_eq!((lines[0].step, lines[0].data_consumed), (Some(3), Some(96)));
     std::fs::write(log.path(), "torn").unwrap();
-    let repaired = third.run.repair_log().await.unwrap();
+    let repaired = repair_log(&repo, repo.job(), &log).await.unwrap();
     assert_eq!((repaired.set_aside, repaired.gone.len()), (1, 0));
     let lines = log.read().unwrap();
     assert_eq!(lines.last_resumable().unwrap().state_path.as_deref(), Some("cross_job://train/final"));

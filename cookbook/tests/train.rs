@@ -93,6 +93,18 @@ fn a_run_goes_on_is_begun_anew_and_is_refused_as_it_was_told() {
     let reset = train(store, "whole", &[&other[..], &["--data-changed", "reset-cursor"]].concat());
     assert_eq!((&reset[0]["row"], &reset[1]["first_row"]), (&json!(0), &json!(0)));
 
+    // The log of one, torn and rebuilt.
+    let log = dir.path().join("log");
+    train(store, "logged", &["--steps", "3", "--log", path(&log)]);
+    let file = log.join("checkpoints.jsonl");
+    let written = std::fs::read_to_string(&file).unwrap();
+    assert_eq!(written.lines().count(), 3, "{written}");
+    std::fs::write(&file, &written[..written.len() - 9]).unwrap();
+    let repair =
+        ["checkpoint", "repair-log", "--json", "--store", store, "--job", "logged", "--log", path(&log)];
+    let repaired = towline(&repair).output().unwrap();
+    assert_eq!(events(&repaired), [json!({"lines": 3, "gone": 0, "set_aside": 1})], "{}", said(&repaired));
+
     // References that name nothing, the wrong thing, or are none.
     let (_, message, _) = refused(store, "whole", &["--from", "gone"]);
     assert_eq!(message, "job whole has no train state called `gone`");

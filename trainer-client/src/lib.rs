@@ -23,6 +23,6 @@ pub use log::{
 };
 pub use run::{
     CheckpointManager, CheckpointSettings, DataChanged, Every, Finished, Init, Position, Resume, Resumed,
-    Run, SaveKind, Saved,
+    Run, SaveKind, Saved, repair_log,
 };
 pub use wait::PendingExt;

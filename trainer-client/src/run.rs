@@ -2,6 +2,7 @@
 
 mod manager;
 mod position;
+mod repair;
 mod resume;
 
 use std::collections::HashMap;
@@ -20,9 +21,10 @@ use towline_core::{
 pub use manager::{CheckpointManager, CheckpointSettings, Every, Finished};
 
 pub use position::Position;
+pub use repair::repair_log;
 pub use resume::{DataChanged, Init, Resume, Resumed};
 
-use crate::log::{CheckpointLine, CheckpointLog, Repaired};
+use crate::log::{CheckpointLine, CheckpointLog};
 use crate::wait::PendingExt as _;
 
 /// How long one save or load may take, as in the public cookbook.
@@ -232,41 +234,6 @@ impl Run {
         Ok(saved)
     }
 
-    /// Rebuilds the log from the catalog: what only the log knew of a checkpoint that exists stays, and lines of what is
-    /// gone are set aside.
-    ///
-    /// # Errors
-    /// `Invalid` without a log; what catalog and disk answer; `Conflict` if somebody wrote meanwhile.
-    pub async fn repair_log(&self) -> Result<Repaired> {
-        let Some(log) = self.log.clone() else {
-            return Err(Error::invalid("this run has no log").with_help("give it one with `with_log`"));
-        };
-        let reader = log.clone();
-        let before = blocking(move || reader.salvage()).await?;
-        let mut lines: Vec<CheckpointLine> = Vec::new();
-        for info in self.catalog.list_checkpoints(&self.job).await?.into_iter().rev() {
-            // A save of both is one line.
-            let known =
-                lines.iter().rposition(|line| line.name == info.name.as_str() && line.step == info.step);
-            let mut line = match known {
-                Some(at) => lines.remove(at),
-                None => self.line(&info.name, info.step.unwrap_or(0)),
-            };
-            if !info.resumable {
-                lines.push(line.with_sampler_path(info.id.identity.as_str()));
-                continue;
-            }
-            match self.position(&info).await {
-                Ok(position) => line = position.describe(line),
-                // A state that something else has saved has no position.
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
-            }
-            lines.push(line.with_state_path(self.state_path(&info.name)));
-        }
-        blocking(move || log.repair(&before, lines)).await
-    }
-
     /// `found` as what `request` would save, if it is that.
     async fn own_state(&self, found: &CheckpointInfo, request: &SaveState) -> Result<StateRef> {
         let taken = |why: &str| {
@@ -307,29 +274,18 @@ impl Run {
     async fn record(&self, save: &Save, saved: &Saved) -> Result<()> {
         let Some(log) = self.log.clone() else { return Ok(()) };
         let name = saved.state.as_ref().map_or(&save.name, |state| &state.name);
-        let mut line = save.position.describe(self.line(name, save.position.step));
+        let mut line =
+            save.position.describe(line(&self.job, self.base_model.as_deref(), name, save.position.step));
         if save.rolling {
             line = line.with_rolling(true);
         }
         if let Some(state) = &saved.state {
-            line = line.with_state_path(self.state_path(&state.name));
+            line = line.with_state_path(state_path(&self.job, &state.name));
         }
         if let Some(sampler) = &saved.sampler {
             line = line.with_sampler_path(sampler.snapshot_name.as_str());
         }
         blocking(move || log.append(&line)).await.map(drop)
-    }
-
-    fn line(&self, name: &SnapshotName, step: u64) -> CheckpointLine {
-        let line = CheckpointLine::new(name.as_str()).with_step(step).with_source_job(self.job.as_str());
-        match &self.base_model {
-            Some(model) => line.with_base_model(model.as_str()),
-            None => line,
-        }
-    }
-
-    fn state_path(&self, name: &SnapshotName) -> String {
-        format!("cross_job://{}/{name}", self.job)
     }
 }
 
@@ -345,4 +301,17 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
         Ok(done) => done,
         Err(error) => Err(Error::internal("work on the run's log panicked").with_source(error)),
     }
+}
+
+/// The line of a checkpoint of `job`.
+fn line(job: &JobId, base_model: Option<&str>, name: &SnapshotName, step: u64) -> CheckpointLine {
+    let line = CheckpointLine::new(name.as_str()).with_step(step).with_source_job(job.as_str());
+    match base_model {
+        Some(model) => line.with_base_model(model),
+        None => line,
+    }
+}
+
+fn state_path(job: &JobId, name: &SnapshotName) -> String {
+    format!("cross_job://{job}/{name}")
 }

@@ -17,6 +17,7 @@ mod fuzz;
 mod golden;
 mod interop;
 mod kill_oracle;
+mod promoted;
 mod python;
 mod real_stores;
 mod run;
@@ -106,6 +107,12 @@ const COMMANDS: &[Command] = &[
         about: "kill a training process at random instants, and compare what it goes on to",
         help: kill_oracle::HELP,
         run: kill_oracle::command,
+    },
+    Command {
+        name: "promoted",
+        about: "load a promoted model with safetensors and transformers",
+        help: promoted::HELP,
+        run: promoted::command,
     },
     Command {
         name: "disks",

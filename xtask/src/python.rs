@@ -60,6 +60,15 @@ impl Python {
         Ok(python)
     }
 
+    /// Installs one more package, if it is not there.
+    pub(crate) fn add(&self, context: &Context, package: &str) -> Result<()> {
+        self.pip(context).args(&[package]).deadline(Duration::from_secs(15 * 60)).run().map_err(|stop| {
+            Stop::Skipped(format!(
+                "pip could not install {package}, the network or a wheel is missing: {stop}"
+            ))
+        })
+    }
+
     /// An environment of its own for the public clients of S3, none of which needs torch.
     pub(crate) fn of_s3(context: &Context) -> Result<Self> {
         let home = context.root.join(".venv-s3");

@@ -1,5 +1,6 @@
 //! `towline checkpoint`, `towline promote` and `towline model`: what a job has to resume from and to deploy.
 
+use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::{Args, Subcommand, ValueEnum};
@@ -8,6 +9,7 @@ use towline_core::{
     CheckpointCatalog, CheckpointClass, CheckpointInfo, CheckpointRef, Error, JobId, ModelId, Result,
 };
 use towline_storage::{Promote, SnapshotRepo};
+use towline_trainer_client::{CheckpointLog, repair_log};
 
 use super::output::{Output, table};
 
@@ -21,6 +23,11 @@ pub(crate) enum Command {
         after_help = "Example:\n  towline checkpoint resolve cross_job://train/step-00040 --store ./store"
     )]
     Resolve(Resolve),
+    /// Rebuild `checkpoints.jsonl` from the store: lines of what is gone, and what is no line, are set aside.
+    #[command(
+        after_help = "Example:\n  towline checkpoint repair-log --store ./store --job train --log ./train"
+    )]
+    RepairLog(RepairLog),
 }
 
 #[derive(Debug, Subcommand)]
@@ -50,6 +57,18 @@ pub(crate) struct List {
     /// Where the page before ended.
     #[arg(long)]
     cursor: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RepairLog {
+    #[command(flatten)]
+    store: Store,
+    /// The job.
+    #[arg(long)]
+    job: JobId,
+    /// The folder of `checkpoints.jsonl`.
+    #[arg(long)]
+    log: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -99,7 +118,25 @@ pub(crate) async fn run(command: Command, output: &Output) -> Result<()> {
     match command {
         Command::List(options) => list(&options, output).await,
         Command::Resolve(options) => resolve(&options, output).await,
+        Command::RepairLog(options) => rebuild_log(&options, output).await,
     }
+}
+
+async fn rebuild_log(options: &RepairLog, output: &Output) -> Result<()> {
+    let repo = repo(&options.store, options.job.clone())?;
+    let log = CheckpointLog::new(&options.log);
+    let repaired = repair_log(&repo, &options.job, &log).await?;
+    let lines = repaired.lines.len();
+    output.result(
+        format_args!(
+            "`{}`: {lines} checkpoints; {} lines of what is gone and {} that were no lines set aside",
+            log.path().display(),
+            repaired.gone.len(),
+            repaired.set_aside,
+        ),
+        &json!({"lines": lines, "gone": repaired.gone.len(), "set_aside": repaired.set_aside}),
+    );
+    Ok(())
 }
 
 pub(crate) async fn models(command: ModelCommand, output: &Output) -> Result<()> {

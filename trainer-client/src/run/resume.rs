@@ -205,11 +205,6 @@ impl Run {
         Ok(Resumed::Initialised { state, position })
     }
 
-    /// Where the loop was when `state` was saved.
-    pub(super) async fn position(&self, state: &CheckpointInfo) -> Result<Position> {
-        Ok(self.stored(state).await?.position())
-    }
-
     async fn resolve(&self, reference: &CheckpointRef) -> Result<CheckpointInfo> {
         self.catalog.resolve_checkpoint(reference, &self.job, CheckpointClass::State).await
     }
