@@ -5,13 +5,12 @@
 //! What would change the computation and is not implemented here is refused, never passed over.
 
 use std::collections::BTreeSet;
-use std::io::Read as _;
 use std::path::Path;
 
 use bytes::Bytes;
 use serde_json::{Map, Value, json};
-use towline_core::safetensors::SafetensorsFiles;
-use towline_core::{ContentDigest, Error, ErrorKind, Result, SnapshotKind, Weights};
+use towline_core::safetensors::{ByteSource as _, SafetensorsFiles};
+use towline_core::{ContentDigest, Error, Result, SnapshotKind, Weights};
 use towline_storage::{FileSource, SnapshotInfo, SnapshotRepo};
 
 use crate::bridge;
@@ -178,19 +177,9 @@ pub(crate) fn base_of(config: &[u8]) -> Result<ContentDigest> {
     })
 }
 
-fn read_config(path: &Path) -> Result<Vec<u8>> {
-    let unreadable = |error: std::io::Error| {
-        let kind = match error.kind() {
-            std::io::ErrorKind::NotFound => ErrorKind::NotFound,
-            std::io::ErrorKind::PermissionDenied => ErrorKind::Denied,
-            _ => ErrorKind::Unavailable,
-        };
-        Error::new(kind, format!("{CONFIG} could not be read")).with_source(error)
-    };
-    let mut config = Vec::new();
-    let file = std::fs::File::open(path).map_err(unreadable)?;
-    file.take(MAX_CONFIG + 1).read_to_end(&mut config).map_err(unreadable)?;
-    Ok(config)
+fn read_config(path: &Path) -> Result<Bytes> {
+    let file = FileSource::open(path)?;
+    file.read_range(0..file.len().min(MAX_CONFIG + 1))
 }
 
 fn parse_config(text: &[u8]) -> Result<(LoraConfig, Option<ContentDigest>)> {
@@ -232,7 +221,7 @@ fn parse_config(text: &[u8]) -> Result<(LoraConfig, Option<ContentDigest>)> {
     let module = |value: &Value| -> Result<TargetModule> {
         match value.as_str() {
             Some(name) => Ok(name.parse::<TargetModule>()?),
-            None => Err(bad("`target_modules` holds something else than names".to_owned())),
+            None => Err(bad("`target_modules` holds something else than names")),
         }
     };
     let modules = modules.iter().map(module).collect::<Result<BTreeSet<_>>>()?;
@@ -274,14 +263,14 @@ fn shown(fields: &Map<String, Value>, name: &str) -> String {
     fields.get(name).map_or_else(|| "absent".to_owned(), |value| value.to_string().chars().take(80).collect())
 }
 
-fn bad(why: String) -> Error {
+fn bad(why: impl std::fmt::Display) -> Error {
     Error::invalid(format!("{CONFIG}: {why}")).with_help("train and save a plain LoRA with PEFT")
 }
 
 #[cfg(test)]
 mod tests {
     use towline_core::safetensors::serialize;
-    use towline_core::{DType, TensorMeta};
+    use towline_core::{DType, ErrorKind, TensorMeta};
 
     use super::*;
 

@@ -138,10 +138,18 @@ async fn every_sync_puts_the_whole_adapter_onto_its_base() {
     serves(&server, &trainer, &receipt.snapshot).await;
     assert_eq!(server.served().unwrap().base(), &base);
 
-    // A server that has just started needs no other order; a delta cannot be put on an adapter.
+    // A server that has just started needs no other order.
     let fresh = Server::start(Arc::clone(&store), ServerOptions::default()).await.unwrap();
     let attach = towline_cookbook::recipes::syncer(&trainer, &fresh.url()).unwrap();
     attach.hotload(&receipt.snapshot, CheckpointType::Base).await.unwrap();
+    serves(&fresh, &trainer, &receipt.snapshot).await;
+    // Nor is a delta ever put on an adapter, not even one on the very weights that it is on.
+    let full = Trainer::start(&self::repo(&store, "full"), &ModelConfig::tiny(), 1).await.unwrap();
+    assert_eq!(save(&full, "base", CheckpointType::Base).await.unwrap().id.digest, base);
+    train(&full, &mut rng, 1).await;
+    let delta = save(&full, "delta", CheckpointType::Delta).await.unwrap();
+    let error = order(&fresh, "op-delta", &delta, true).await.unwrap_err();
+    assert_eq!((error.kind(), error.help()), (ErrorKind::ChainMismatch, Some("order a base")));
     serves(&fresh, &trainer, &receipt.snapshot).await;
     trainer.client.close().await.unwrap();
 }

@@ -12,18 +12,26 @@ use crate::adapter::{self, Adapter};
 use crate::bridge;
 use crate::engine::ModelConfig;
 
-/// Full weights that are here already, or that are to be read.
-pub(super) enum Full {
-    Held(Arc<Served>),
-    Stored(SnapshotRepo, SnapshotInfo),
+/// What was ordered, and where its parts are.
+pub(super) struct Source {
+    repo: SnapshotRepo,
+    info: SnapshotInfo,
+    parts: Parts,
 }
 
-/// Where the parts of what was ordered are.
-pub(super) enum Source {
-    /// A base, a merged base, or a delta on the base that is held.
-    Full { repo: SnapshotRepo, info: SnapshotInfo, parent: Option<Arc<Served>> },
-    /// An adapter, and what it is put on.
-    Adapter { repo: SnapshotRepo, info: SnapshotInfo, config: Bytes, base: ContentDigest, on: Full },
+enum Parts {
+    /// A base or a merged base: nothing else is needed.
+    Whole,
+    /// A delta on the base that is held.
+    Delta(Arc<Served>),
+    /// An adapter: its configuration, and what it is put on.
+    Adapter { config: Bytes, base: ContentDigest, on: Full },
+}
+
+/// Full weights that are here already, or that are to be read.
+enum Full {
+    Held(Arc<Served>),
+    Stored(Box<(SnapshotRepo, SnapshotInfo)>),
 }
 
 /// The parts, read.
@@ -42,19 +50,20 @@ pub(super) struct Content {
 /// # Errors
 /// `ChainMismatch` for an adapter on base weights that are neither here nor in the store.
 pub(super) async fn source(shared: &Shared, repo: SnapshotRepo, info: SnapshotInfo) -> Result<Source> {
-    let served = shared.served();
-    match (info.kind, served) {
+    let parts = match (info.kind, shared.served()) {
+        (SnapshotKind::Delta, Some(parent)) => Parts::Delta(parent),
         (SnapshotKind::Delta, None) => {
-            Err(Error::chain_mismatch("nothing is served to apply a delta to").with_help("order a base"))
+            return Err(
+                Error::chain_mismatch("nothing is served to apply a delta to").with_help("order a base")
+            );
         }
-        (SnapshotKind::Delta, parent) => Ok(Source::Full { repo, info, parent }),
         (SnapshotKind::Adapter, served) => {
             let config = repo.file(&info, adapter::CONFIG).await?;
             let base = adapter::base_of(&config).map_err(|error| error.context(&info.id))?;
             let on = match served {
                 Some(served) if *served.base() == base => Full::Held(served),
                 served => match stored(shared, &repo, &base).await? {
-                    Some((repo, info)) => Full::Stored(repo, info),
+                    Some(found) => Full::Stored(Box::new(found)),
                     None => {
                         let held = served.map_or("nothing".to_owned(), |served| served.base().to_string());
                         return Err(Error::chain_mismatch(format!(
@@ -66,10 +75,11 @@ pub(super) async fn source(shared: &Shared, repo: SnapshotRepo, info: SnapshotIn
                     }
                 },
             };
-            Ok(Source::Adapter { repo, info, config, base, on })
+            Parts::Adapter { config, base, on }
         }
-        _ => Ok(Source::Full { repo, info, parent: None }),
-    }
+        _ => Parts::Whole,
+    };
+    Ok(Source { repo, info, parts })
 }
 
 /// A snapshot of the full weights `digest`: of the job of `repo`, or of any other.
@@ -93,26 +103,29 @@ async fn stored(
 impl Source {
     /// Reads the parts.
     pub(super) async fn read(self) -> Result<Content> {
-        match self {
-            Self::Full { repo, info, parent } => {
-                let weights = match parent {
-                    Some(parent) => repo.apply(&info, parent.weights()).await?,
-                    None => repo.restore(&info).await?,
-                };
+        let Self { repo, info, parts } = self;
+        let (config, weights, digest, adapter) = match parts {
+            Parts::Whole => {
                 let config = model_config(&repo, &info).await?;
-                Ok(Content { digest: info.id.digest, id: info.id, config, weights, adapter: None })
+                (config, repo.restore(&info).await?, info.id.digest, None)
             }
-            Self::Adapter { repo, info, config, base, on } => {
+            Parts::Delta(parent) => {
+                let config = model_config(&repo, &info).await?;
+                (config, repo.apply(&info, parent.weights()).await?, info.id.digest, None)
+            }
+            Parts::Adapter { config, base, on } => {
                 let adapter = Some((config, repo.restore(&info).await?));
                 let (config, weights) = match on {
                     Full::Held(served) => (served.model().config().clone(), served.weights().clone()),
-                    Full::Stored(repo, info) => {
+                    Full::Stored(found) => {
+                        let (repo, info) = *found;
                         (model_config(&repo, &info).await?, repo.restore(&info).await?)
                     }
                 };
-                Ok(Content { digest: base, id: info.id, config, weights, adapter })
+                (config, weights, base, adapter)
             }
-        }
+        };
+        Ok(Content { id: info.id, config, weights, digest, adapter })
     }
 }
 

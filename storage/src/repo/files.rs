@@ -112,10 +112,10 @@ pub(super) fn plain_files(
     tensors: &[TensorMeta],
     limit: u64,
 ) -> Vec<(String, Range<usize>)> {
-    match kind {
-        SnapshotKind::Adapter => vec![(ADAPTER.to_owned(), 0..tensors.len())],
-        _ => model_names(cut(tensors, limit), None),
+    if kind == SnapshotKind::Adapter {
+        return vec![(ADAPTER.to_owned(), 0..tensors.len())];
     }
+    model_names(cut(tensors, limit), None)
 }
 
 /// The content of [`INDEX`].
