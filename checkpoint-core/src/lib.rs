@@ -60,6 +60,6 @@ pub use store::{
 };
 pub use tensor::{TensorMeta, TensorSource, Weights, position, same_tensors};
 pub use training::{
-    AdamParams, Batch, Datum, DeltaParents, ExportRequest, ForwardBackward, LOOP, Loss, OptimStep, SaveState,
-    SaveWeights, SavedWeights, SnapshotExporter, StateRef, TrainingClient,
+    AdamParams, AdapterSource, Batch, Datum, DeltaParents, ExportRequest, ForwardBackward, LOOP, Loss,
+    OptimStep, SaveState, SaveWeights, SavedWeights, SnapshotExporter, StateRef, TrainingClient,
 };

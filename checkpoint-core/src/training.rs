@@ -1,6 +1,7 @@
 //! The trainer's side: exporting snapshots, and the operations of a training client.
 
 use std::fmt::{self, Debug};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,8 +9,8 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    CheckpointType, CodecId, ContentDigest, Error, Pending, Result, SnapshotId, SnapshotIdentity,
-    SnapshotKind, SnapshotName, SnapshotRef,
+    CheckpointRef, CheckpointType, CodecId, ContentDigest, Error, Pending, Result, SnapshotId,
+    SnapshotIdentity, SnapshotKind, SnapshotName, SnapshotRef,
 };
 
 /// Whoever can turn the current policy into a stored snapshot.
@@ -126,6 +127,33 @@ pub trait TrainingClient: SnapshotExporter {
 
     /// Restores weights, optimizer, schedule, step and RNG: training goes on bit for bit.
     fn load_state_with_optimizer(&self, state: &StateRef) -> Pending<()>;
+
+    /// Puts an adapter's factors in the place of those that are trained: a warm start, not a resume. A live optimizer is
+    /// left as it is. `Unsupported` where no LoRA adapter is trained, which is what this provided method answers.
+    fn load_adapter(&self, source: &AdapterSource) -> Pending<()> {
+        let error =
+            Error::unsupported(format!("{source} was to be loaded, but this trainer loads no adapters"));
+        Pending::ready(Err(error.with_help("use a trainer of a LoRA adapter")))
+    }
+}
+
+/// Where an adapter is read from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AdapterSource {
+    /// Sampler weights that a LoRA trainer has saved.
+    Checkpoint(CheckpointRef),
+    /// A folder in PEFT's form on the trainer's machine: `adapter_config.json` and `adapter_model.safetensors`.
+    Folder(PathBuf),
+}
+
+impl fmt::Display for AdapterSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Checkpoint(reference) => write!(f, "{reference}"),
+            Self::Folder(path) => write!(f, "`{}`", path.display()),
+        }
+    }
 }
 
 /// A batch and its loss.

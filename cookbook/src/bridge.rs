@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use towline_core::{DType, Error, Result, TensorMeta, TensorSource, Weights};
 
+use crate::adapter::Adapter;
 use crate::engine::{self, EngineError, Model, ModelConfig, TensorBytes, WeightDtype};
 
 impl From<EngineError> for Error {
@@ -39,6 +40,16 @@ pub fn views(weights: &Weights) -> impl Iterator<Item = TensorBytes<'_>> {
 pub fn model(config: &ModelConfig, weights: &Weights) -> Result<Model> {
     let params = engine::params_from_bytes(config, views(weights))?;
     Ok(Model::new(config, &params)?)
+}
+
+/// The model that a server runs on an adapter and its base's published weights: [`engine::fold`], as in the trainer.
+///
+/// # Errors
+/// `Invalid` if a tensor is missing, unexpected, or of another shape or type than the configurations say.
+pub fn adapted_model(config: &ModelConfig, base: &Weights, adapter: &Adapter) -> Result<Model> {
+    let base = engine::params_from_bytes(config, views(base))?;
+    let factors = engine::factors_from_bytes(config, &adapter.lora, adapter.factors())?;
+    Ok(Model::new(config, &engine::fold(config, &adapter.lora, &base, &factors)?)?)
 }
 
 /// `config.json` as a file of a snapshot.

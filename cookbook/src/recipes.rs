@@ -13,7 +13,7 @@ use towline_trainer_client::{EmbeddedClient, PendingExt};
 
 use crate::embedded::{EmbeddedTrainer, TrainerHandle};
 use crate::engine::task::supervised_batch;
-use crate::engine::{LocalTrainer, ModelConfig, Rng};
+use crate::engine::{LocalTrainer, LoraConfig, ModelConfig, Rng, TensorBytes};
 use crate::server::{Server, ServerOptions};
 
 /// How long one operation of the embedded trainer or server may take in recipes: they take milliseconds.
@@ -35,7 +35,30 @@ impl Trainer {
     /// # Errors
     /// As the store answers.
     pub async fn start(repo: &SnapshotRepo, config: &ModelConfig, seed: u64) -> Result<Self> {
-        let trainer = LocalTrainer::new(config, seed)?;
+        Self::start_from(repo, LocalTrainer::new(config, seed)?).await
+    }
+
+    /// A trainer of a fresh LoRA adapter beside fresh base weights from `seed`; the adapter has a seed of its own. Its
+    /// session takes the job over from whoever wrote to it before.
+    ///
+    /// # Errors
+    /// `Invalid` for an adapter that does not fit the model; as the store answers.
+    pub async fn start_lora(
+        repo: &SnapshotRepo,
+        config: &ModelConfig,
+        seed: u64,
+        lora: &LoraConfig,
+    ) -> Result<Self> {
+        let base = LocalTrainer::new(config, seed)?.export(config.dtype)?;
+        let views = base.iter().map(|entry| TensorBytes::of(entry, config.dtype));
+        Self::start_from(repo, LocalTrainer::with_lora(config, views, lora)?).await
+    }
+
+    /// A trainer that goes on from `trainer`. Its session takes the job over from whoever wrote to it before.
+    ///
+    /// # Errors
+    /// As the store answers.
+    pub async fn start_from(repo: &SnapshotRepo, trainer: LocalTrainer) -> Result<Self> {
         let embedded = EmbeddedTrainer::new(trainer, repo.writer(SessionId::from_random(random())).await?);
         let weights = embedded.handle();
         Ok(Self { client: Arc::new(EmbeddedClient::new(embedded)), weights })
@@ -55,24 +78,27 @@ impl Trainer {
     }
 }
 
-/// The hot-load API of a server that runs Towline's engine: it takes deltas in every codec.
+/// The hot-load API of a server that runs Towline's engine: it takes deltas in every codec, and LoRA adapters.
 ///
 /// # Errors
 /// `Invalid` for a URL that is none.
 pub fn embedded_deployment(url: &str) -> Result<Arc<dyn Deployment>> {
     let codecs = towline_codec::auto_order().iter().map(|codec| codec.id()).collect();
-    let capabilities = Capabilities::new(codecs).with_prompt_cache(true);
+    let capabilities = Capabilities::new(codecs).with_prompt_cache(true).with_adapters(true);
     Ok(Arc::new(DeploymentManager::new(url)?.with_capabilities(capabilities)))
 }
 
-/// A syncer from `trainer` to the embedded server at `url`: deltas in the best codec, polled every 5 ms.
+/// A syncer from `trainer` to the embedded server at `url`: deltas in the best codec, or whole adapters from a LoRA
+/// trainer, polled every 5 ms.
 ///
 /// # Errors
 /// `Invalid` for a URL that is none.
 pub fn syncer(trainer: &Trainer, url: &str) -> Result<WeightSyncer> {
+    let rank = trainer.weights.lora().map_or(0, |lora| u32::try_from(lora.rank).unwrap_or(u32::MAX));
     Ok(WeightSyncer::new(Arc::clone(&trainer.client) as _)
         .with_deployment(embedded_deployment(url)?)
         .with_compression_format("auto")
+        .with_lora_rank(rank)
         .with_poll_interval(Duration::from_millis(5))
         .with_hotload_timeout(DEADLINE))
 }

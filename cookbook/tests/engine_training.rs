@@ -2,8 +2,8 @@
 
 use towline_cookbook::engine::task::{Problem, policy_batch, supervised_batch};
 use towline_cookbook::engine::{
-    AdamParams, Datum, LocalTrainer, Loss, ModelConfig, Rng, SampleParams, Schedule, TensorBytes,
-    WeightDtype, sample_batch,
+    AdamParams, Datum, LocalTrainer, LoraConfig, Loss, ModelConfig, Rng, SampleParams, Schedule,
+    TargetModule, TensorBytes, WeightDtype, expected_factors, sample_batch, score,
 };
 
 type Export = Vec<(String, Vec<usize>, Vec<u8>)>;
@@ -234,4 +234,72 @@ fn learn(supervised: u64, policy: u64, prompts: usize, rate: f64) -> Vec<f64> {
 fn it_learns_to_sort() {
     let curve = learn(100, 40, 8, 3e-4);
     assert!(curve[3] >= curve[0] + 0.1, "{curve:?}");
+}
+
+#[test]
+fn only_the_factors_of_an_adapter_are_trained_and_all_of_them() {
+    let (config, lora) = (ModelConfig::tiny(), LoraConfig::new(4).with_seed(7));
+    let base = LocalTrainer::new(&config, 1).unwrap().export(config.dtype).unwrap();
+    let fresh = || LocalTrainer::with_lora(&config, views(&base, config.dtype), &lora).unwrap();
+    let (mut trainer, mut rng) = (fresh(), Rng::new(2));
+    assert_eq!(trainer.lora(), Some(&lora));
+    let full = LocalTrainer::from_bytes(&config, views(&base, config.dtype)).unwrap();
+    let tokens = [51, 49, 52, 50, 62, 49];
+    let scored = |trainer: &LocalTrainer| score(trainer.model(), &tokens).unwrap();
+    assert_eq!(scored(&trainer), scored(&full), "a fresh adapter changes nothing");
+    assert_eq!(trainer.export_merged(config.dtype).unwrap(), base);
+
+    let mut losses = Vec::new();
+    for step in 0..40 {
+        let output = trainer.forward_backward(&supervised_batch(&mut rng, 16), Loss::CrossEntropy).unwrap();
+        losses.push(output.loss);
+        let names: Vec<_> = expected_factors(&config, &lora).into_iter().map(|(name, _)| name).collect();
+        assert_eq!(trainer.gradients().len(), names.len());
+        for name in &names {
+            let gradient = trainer.gradients()[name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let reached = gradient.iter().any(|value| *value != 0.0);
+            // B begins at zero, and A's gradient goes through it.
+            assert_eq!(reached, step > 0 || name.contains("lora_B"), "{name} in step {step}");
+        }
+        trainer.optim_step(&AdamParams::new(3e-3)).unwrap();
+    }
+    assert!(losses[39] < losses[0] - 0.4, "{losses:?}");
+    assert_eq!(trainer.export_base().unwrap(), base, "the base is frozen");
+    assert_ne!(trainer.export_merged(config.dtype).unwrap(), base);
+    // What is published is what is trained: the factors are exact in 32 bits.
+    let published = trainer.published_model(WeightDtype::F32).unwrap();
+    assert_eq!(score(&published, &tokens).unwrap(), scored(&trainer));
+    assert_ne!(scored(&trainer), scored(&full));
+
+    // The same run again, broken off in the middle and resumed by another trainer.
+    let step = |trainer: &mut LocalTrainer, rng: &mut Rng| {
+        trainer.forward_backward(&supervised_batch(rng, 16), Loss::CrossEntropy).unwrap();
+        trainer.optim_step(&AdamParams::new(3e-3)).unwrap();
+    };
+    let (mut first, mut rng) = (fresh(), Rng::new(2));
+    (0..20).for_each(|_| step(&mut first, &mut rng));
+    let other = lora.clone().with_seed(8);
+    let mut second = LocalTrainer::with_lora(&config, views(&base, config.dtype), &other).unwrap();
+    second.load_weights(views(&weights(&first), WeightDtype::F32)).unwrap();
+    let moments = first.optimizer_state().unwrap();
+    second.load_optimizer_state(first.step(), views(&moments, WeightDtype::F32)).unwrap();
+    (0..20).for_each(|_| step(&mut second, &mut rng));
+    assert!(weights(&second) == weights(&trainer) && second.optimizer_state() == trainer.optimizer_state());
+}
+
+#[test]
+fn some_projections_alone_can_be_adapted() {
+    let config = ModelConfig::tiny();
+    let lora = LoraConfig::new(2).with_target_modules([TargetModule::QProj, TargetModule::DownProj]);
+    let base = LocalTrainer::new(&config, 1).unwrap().export(config.dtype).unwrap();
+    let mut trainer = LocalTrainer::with_lora(&config, views(&base, config.dtype), &lora).unwrap();
+    run(&mut trainer, &mut Rng::new(2), 0, 3);
+    for (before, after) in base.iter().zip(trainer.export_merged(config.dtype).unwrap()) {
+        let adapted = after.0.contains("q_proj") || after.0.contains("down_proj");
+        assert_eq!(before.2 != after.2, adapted, "{}", after.0);
+    }
+    let full = LocalTrainer::new(&config, 1).unwrap();
+    for error in [full.export_base().unwrap_err(), full.export_merged(config.dtype).unwrap_err()] {
+        assert_eq!(error.message(), "all parameters are trained, wanted a trainer of a LoRA adapter");
+    }
 }

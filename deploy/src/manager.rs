@@ -370,7 +370,8 @@ fn replica(
         }
         // Some servers report an adapter beside the model, not in its place.
         let adapters = entry.loaded_adapters.unwrap_or_default();
-        if adapters.iter().any(|it| it.identity == target.as_str() && it.status == "loaded") {
+        let beside = replica.identity.as_ref() != Some(target);
+        if beside && adapters.iter().any(|it| it.identity == target.as_str() && it.status == "loaded") {
             replica.identity = Some(target.clone());
             replica.digest = None;
         }

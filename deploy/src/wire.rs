@@ -140,6 +140,13 @@ pub struct LoadedAdapter {
     pub status: String,
 }
 
+impl LoadedAdapter {
+    /// An adapter that is served.
+    pub fn loaded(identity: impl Into<String>) -> Self {
+        Self { identity: identity.into(), status: "loaded".into() }
+    }
+}
+
 /// What our own servers tell of a replica besides.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[non_exhaustive]

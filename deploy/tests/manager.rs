@@ -373,6 +373,28 @@ async fn an_adapter_beside_the_model_counts() {
 }
 
 #[tokio::test]
+async fn an_adapter_in_the_model_s_place_is_known_by_its_digest() {
+    let adapter = SnapshotRef::new(id("lora-0-00ab12cd", 1), SnapshotKind::Adapter, "job/a");
+    let order = HotLoad::new(OpId::new("op").unwrap(), adapter).unwrap();
+    let serves = |digest: &str| {
+        answer(
+            200,
+            &format!(
+                r#"{{"replicas":[{{"current_snapshot_identity":"lora-0-00ab12cd","readiness":true,
+                   "loaded_adapters":[{{"identity":"lora-0-00ab12cd","status":"loaded"}}],
+                   "towline":{{"content_digest":"{digest}"}}}}]}}"#
+            ),
+        )
+    };
+    let (wait, every) = (Duration::from_secs(5), Duration::from_millis(5));
+    let server = Server::start([answer(200, "{}"), serves(&"01".repeat(32))]).await;
+    server.manager().hotload_and_wait(&order, wait, every).await.unwrap();
+    let server = Server::start([answer(200, "{}"), serves(&"02".repeat(32))]).await;
+    let error = server.manager().hotload_and_wait(&order, wait, every).await.unwrap_err();
+    assert!(error.message().contains("serves other weights under the name lora-0-00ab12cd"), "{error}");
+}
+
+#[tokio::test]
 async fn https_is_set_up_without_global_state() {
     let manager = DeploymentManager::new("https://127.0.0.1:1/").unwrap();
     let manager = manager.with_request_timeout(Duration::from_secs(2));

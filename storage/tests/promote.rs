@@ -102,6 +102,52 @@ async fn a_base_becomes_a_plain_folder_once() {
     assert_eq!(towline_storage::jobs(&Local::open(dir.path()).unwrap()).await.unwrap(), [job("job")]);
 }
 
+#[tokio::test]
+async fn an_adapter_is_one_plain_file_and_its_configuration_whatever_its_size() {
+    let dir = tempfile::tempdir().unwrap();
+    let repo = repo(Arc::new(Local::open(dir.path()).unwrap())).with_shard_bytes(1);
+    let writer = repo.writer(session(1)).await.unwrap();
+    let config = ("adapter_config.json".to_owned(), Bytes::from_static(b"{\"r\":8}"));
+    let adapter = |text: &str| Publish::new(name(text), SnapshotKind::Adapter, shared("a"));
+    let saved = writer.publish(adapter("a").with_files(vec![config.clone()])).await.unwrap();
+    assert_eq!((saved.kind, saved.codec), (SnapshotKind::Adapter, None));
+    let info = find(&repo, "a").await;
+    assert_eq!(repo.restore(&info).await.unwrap(), weights("a"));
+    let files = |folder: &std::path::Path| {
+        let names = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
+        let mut names: Vec<_> = names.map(|name| name.into_string().unwrap()).collect();
+        names.sort();
+        names
+    };
+    let both = ["adapter_config.json", "adapter_model.safetensors"];
+    let stored: Vec<_> =
+        repo.manifest(&info).await.unwrap().files.into_iter().map(|file| file.path).collect();
+    assert_eq!(stored, ["adapter_model.safetensors", "adapter_config.json"]);
+    let model = repo.promote("a", &to("addon")).await.unwrap();
+    assert_eq!(model.kind, ModelKind::HfPeftAddon);
+    let folder = dir.path().join(&model.path);
+    assert_eq!(files(&folder), [&both[..], &["towline.json"]].concat());
+    assert_eq!(read(&folder), weights("a"));
+    let copy = dir.path().join("copy");
+    repo.export(&info, &copy).await.unwrap();
+    assert_eq!((files(&copy), read(&copy)), (both.map(str::to_owned).to_vec(), weights("a")));
+
+    for (publish, says) in [
+        (adapter("b"), "`b`: an adapter without `adapter_config.json`"),
+        (
+            adapter("c").with_files(vec![config.clone()]).with_codec(Arc::new(XorCodec)),
+            "`c`: an adapter in codec test-xor",
+        ),
+        (
+            adapter("d").with_files(vec![config, ("adapter_model.safetensors".to_owned(), Bytes::new())]),
+            "`d`: the file name `adapter_model.safetensors` is taken",
+        ),
+    ] {
+        let error = writer.publish(publish).await.unwrap_err();
+        assert_eq!((error.kind(), error.message()), (ErrorKind::Invalid, says));
+    }
+}
+
 async fn pins_source(repo: &SnapshotRepo) -> String {
     repo.models().await.unwrap()[0].source.id.to_string()
 }

@@ -453,6 +453,11 @@ async fn snapshots_go_out_and_come_in() {
     assert_eq!(error.kind(), ErrorKind::AlreadyExists);
     let error = export(&c, None, Options::new(6)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AlreadyExists);
+    let config = vec![("adapter_config.json".to_owned(), Bytes::from_static(b"{}"))];
+    let adapter = Publish::new(name("f"), SnapshotKind::Adapter, Arc::new(weights("f"))).with_files(config);
+    writer.publish(adapter).await.unwrap();
+    let error = export(&find(&from, "f").await, None, Options::new(7)).await.unwrap_err();
+    assert!(error.message().ends_with(" is of kind adapter: wanted a model's weights"), "{error}");
 
     // The same directories, into another repo.
     let into = repo(Arc::new(Memory::new()));

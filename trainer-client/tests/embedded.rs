@@ -6,10 +6,10 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use towline_core::{
-    AdamParams, Batch, CheckpointType, CodecId, ContentDigest, Datum, DeltaParents, Error, ErrorKind,
-    ExportRequest, ForwardBackward, Loss, OptimStep, PendingStatus, Result, SaveState, SaveWeights,
-    SessionId, SnapshotExporter, SnapshotId, SnapshotIdentity, SnapshotKind, SnapshotName, SnapshotRef,
-    StateRef, TrainingClient, async_trait,
+    AdamParams, AdapterSource, Batch, CheckpointType, CodecId, ContentDigest, Datum, DeltaParents, Error,
+    ErrorKind, ExportRequest, ForwardBackward, Loss, OptimStep, PendingStatus, Result, SaveState,
+    SaveWeights, SessionId, SnapshotExporter, SnapshotId, SnapshotIdentity, SnapshotKind, SnapshotName,
+    SnapshotRef, StateRef, TrainingClient, async_trait,
 };
 use towline_trainer_client::{Backend, EmbeddedClient, PendingExt};
 
@@ -94,6 +94,12 @@ impl Backend for Fake {
     async fn load_state(&mut self, state: &StateRef, with_optimizer: bool) -> Result<()> {
         self.enter(format!("load {state} {with_optimizer}")).await?;
         self.restored = Some(ContentDigest::from_bytes([9; 32]));
+        Ok(())
+    }
+
+    async fn load_adapter(&mut self, source: &AdapterSource) -> Result<()> {
+        self.enter(format!("load {source}")).await?;
+        self.restored = Some(ContentDigest::from_bytes([8; 32]));
         Ok(())
     }
 }
@@ -351,6 +357,25 @@ async fn a_lora_saves_adapters() {
         client.save_weights_for_sampler_ext(request).await.unwrap();
     }
     assert_eq!(script.kinds(), [SnapshotKind::Adapter, SnapshotKind::MergedBase]);
+}
+
+#[tokio::test]
+async fn an_adapter_is_loaded_in_its_turn_and_ends_a_failure() {
+    let (script, client) = gated(0);
+    let batch = client.forward_backward(batch(1));
+    let loaded = client.load_adapter(&AdapterSource::Checkpoint("sft:final".parse().unwrap()));
+    assert_eq!(loaded.status(), PendingStatus::Queued);
+    script.gate.add_permits(10);
+    batch.await.unwrap();
+    loaded.await.unwrap();
+    assert_eq!(client.restored(), Some(ContentDigest::from_bytes([8; 32])));
+    script.fail("step", ErrorKind::Unavailable);
+    client.optim_step(AdamParams::default()).await.unwrap_err();
+    client.optim_step(AdamParams::default()).await.unwrap_err();
+    client.load_adapter(&AdapterSource::Folder("/peft".into())).await.unwrap();
+    client.optim_step(AdamParams::default()).await.unwrap();
+    assert_eq!(script.log(), ["batch 1", "load cross_job://sft/final", "step", "load `/peft`", "step"]);
+    client.close().await.unwrap();
 }
 
 #[tokio::test]

@@ -11,6 +11,7 @@ use super::config::ModelConfig;
 use super::dtype::{NamedBytes, TensorBytes, WeightDtype, params_from_bytes, tensors_from_bytes};
 use super::error::{EngineError, Result};
 use super::init::initial_params;
+use super::lora::{LoraConfig, expected_factors, factors_from_bytes, fold, initial_factors};
 use super::loss::batch_loss;
 use super::model::{Model, expected_tensors};
 
@@ -38,16 +39,27 @@ pub struct StepOutput {
     pub grad_norm: f64,
 }
 
-/// Trains a model in this process. Deterministic: equal starts and equal calls give equal bits.
+/// Trains a model in this process: all its parameters, or the factors of a LoRA adapter beside frozen base weights.
+/// Deterministic: equal starts and equal calls give equal bits.
 #[derive(Debug)]
 pub struct LocalTrainer {
     config: ModelConfig,
+    /// What a LoRA adapter is trained beside; `None` if all parameters are trained.
+    frozen: Option<Frozen>,
     vars: BTreeMap<String, Var>,
-    /// Built on the variables, so it sees every update of them.
+    /// Built on the variables, so it sees every update of them; with an adapter, on the folded weights, which are
+    /// computed anew after every update.
     model: Model,
     optimizer: AdamW,
     /// Sums since the last step.
     gradients: BTreeMap<String, Tensor>,
+}
+
+/// The frozen side of a LoRA adapter.
+#[derive(Debug)]
+struct Frozen {
+    lora: LoraConfig,
+    base: BTreeMap<String, Tensor>,
 }
 
 impl LocalTrainer {
@@ -70,15 +82,47 @@ impl LocalTrainer {
         Self::from_params(config, params_from_bytes(config, tensors)?)
     }
 
+    /// A trainer of a fresh LoRA adapter on published base weights, which stay as they are: rounded to the
+    /// configuration's element type, so that they are the very weights that a server of the base has.
+    ///
+    /// # Errors
+    /// When the adapter's configuration does not fit the model; as [`params_from_bytes`]; when a base weight is not
+    /// finite.
+    pub fn with_lora<'a>(
+        config: &ModelConfig,
+        base: impl IntoIterator<Item = TensorBytes<'a>>,
+        lora: &LoraConfig,
+    ) -> Result<Self> {
+        let factors = initial_factors(config, lora)?;
+        let base = params_from_bytes(config, base)?;
+        let rounded = encode_all(expected_tensors(config), |name| base.get(name), config.dtype)?;
+        let views = rounded.iter().map(|entry| TensorBytes::of(entry, config.dtype));
+        let frozen = Frozen { lora: lora.clone(), base: params_from_bytes(config, views)? };
+        Self::build(config, factors, Some(frozen))
+    }
+
     fn from_params(config: &ModelConfig, params: BTreeMap<String, Tensor>) -> Result<Self> {
-        let vars = params
+        Self::build(config, params, None)
+    }
+
+    fn build(
+        config: &ModelConfig,
+        trained: BTreeMap<String, Tensor>,
+        frozen: Option<Frozen>,
+    ) -> Result<Self> {
+        let vars = trained
             .into_iter()
             .map(|(name, tensor)| Ok((name, Var::from_tensor(&tensor)?)))
             .collect::<Result<BTreeMap<_, _>>>()?;
-        let tensors = vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
-        let model = Model::new(config, &tensors)?;
+        let model = model_of(config, frozen.as_ref(), &tensors_of(&vars))?;
         let optimizer = AdamW::new(&vars);
-        Ok(Self { config: config.clone(), vars, model, optimizer, gradients: BTreeMap::new() })
+        Ok(Self { config: config.clone(), frozen, vars, model, optimizer, gradients: BTreeMap::new() })
+    }
+
+    /// The adapter that is trained; `None` if all parameters are.
+    #[must_use]
+    pub fn lora(&self) -> Option<&LoraConfig> {
+        self.frozen.as_ref().map(|frozen| &frozen.lora)
     }
 
     /// The shape of the model.
@@ -140,6 +184,7 @@ impl LocalTrainer {
         }
         let grad_norm = self.optimizer.update(&self.vars, &self.gradients, params)?;
         self.gradients.clear();
+        self.fold_again()?;
         Ok(StepOutput { step: self.optimizer.step(), grad_norm })
     }
 
@@ -154,7 +199,7 @@ impl LocalTrainer {
         self.gradients.clear();
     }
 
-    /// A copy of the parameters in 32 bits, which later steps do not change.
+    /// A copy of the trained parameters in 32 bits, which later steps do not change.
     ///
     /// # Errors
     /// When the memory is not readable as 32-bit floats, which does not happen.
@@ -166,38 +211,37 @@ impl LocalTrainer {
         self.vars.iter().map(copy).collect()
     }
 
-    /// The parameters as `(name, shape, little-endian bytes)` in the order of the forward pass,
-    /// rounded to the nearest value of `dtype`, ties to even. [`WeightDtype::F32`] is exact.
+    /// The trained parameters as `(name, shape, little-endian bytes)` in the order of the forward pass,
+    /// rounded to the nearest value of `dtype`, ties to even. [`WeightDtype::F32`] is exact. Of an adapter these are its
+    /// factors, called as [`expected_factors`] calls them.
     ///
     /// # Errors
     /// When a parameter is not finite (as `dtype`): such weights must not be published.
     pub fn export(&self, dtype: WeightDtype) -> Result<Vec<NamedBytes>> {
-        expected_tensors(&self.config)
-            .into_iter()
-            .map(|(name, shape)| {
-                let var = self
-                    .vars
-                    .get(&name)
-                    .ok_or_else(|| EngineError::new(format!("variable {name} is missing")))?;
-                let values = var.flatten_all()?.to_vec1::<f32>()?;
-                let largest = match dtype {
-                    WeightDtype::F16 => half::f16::MAX.to_f32(),
-                    WeightDtype::Bf16 => half::bf16::MAX.to_f32(),
-                    WeightDtype::F32 => f32::MAX,
-                };
-                let fits = |value: &f32| value.is_finite() && value.abs() <= largest;
-                if let Some(value) = values.iter().find(|value| !fits(value)) {
-                    return Err(EngineError::new(format!(
-                        "tensor {name} holds {value}, which is not a finite {}",
-                        dtype.name()
-                    )));
-                }
-                Ok((name, shape, dtype.encode(&values)))
-            })
-            .collect()
+        encode_all(self.expected(), |name| self.vars.get(name).map(|var| &**var), dtype)
     }
 
-    /// The model that a server has after loading [`Self::export`]: for checking it by
+    /// The frozen base weights beside an adapter, in the configuration's element type and the order of the forward
+    /// pass. They never change.
+    ///
+    /// # Errors
+    /// When all parameters are trained.
+    pub fn export_base(&self) -> Result<Vec<NamedBytes>> {
+        let frozen = self.frozen()?;
+        encode_all(expected_tensors(&self.config), |name| frozen.base.get(name), self.config.dtype)
+    }
+
+    /// The base weights with the adapter folded in ([`fold`]), rounded to the nearest value of `dtype`, ties to even.
+    ///
+    /// # Errors
+    /// When all parameters are trained; when a folded weight is not finite (as `dtype`).
+    pub fn export_merged(&self, dtype: WeightDtype) -> Result<Vec<NamedBytes>> {
+        let Frozen { lora, base } = self.frozen()?;
+        let folded = fold(&self.config, lora, base, &tensors_of(&self.vars))?;
+        encode_all(expected_tensors(&self.config), |name| folded.get(name), dtype)
+    }
+
+    /// The model that a server has after loading [`Self::export`] (an adapter onto its base): for checking it by
     /// [`super::score()`], and for sampling without a server.
     ///
     /// # Errors
@@ -205,23 +249,30 @@ impl LocalTrainer {
     pub fn published_model(&self, dtype: WeightDtype) -> Result<Model> {
         let export = self.export(dtype)?;
         let views = export.iter().map(|entry| TensorBytes::of(entry, dtype));
-        Model::new(&self.config, &params_from_bytes(&self.config, views)?)
+        let trained = match &self.frozen {
+            None => params_from_bytes(&self.config, views)?,
+            Some(frozen) => factors_from_bytes(&self.config, &frozen.lora, views)?,
+        };
+        model_of(&self.config, self.frozen.as_ref(), &trained)
     }
 
-    /// Puts other weights in the place of these. The optimizer is left as it is: a live one keeps its moments, a new
-    /// one starts cold. Gradients are cleared.
+    /// Puts other weights in the place of the trained ones: all parameters, or the factors of an adapter. The optimizer is
+    /// left as it is: a live one keeps its moments, a new one starts cold. Gradients are cleared.
     ///
     /// # Errors
-    /// When the tensors are not exactly those of this model; nothing is changed then.
+    /// When the tensors are not exactly those of [`Self::export`]; nothing is changed then.
     pub fn load_weights<'a>(&mut self, tensors: impl IntoIterator<Item = TensorBytes<'a>>) -> Result<()> {
-        let params = params_from_bytes(&self.config, tensors)?;
+        let params = match &self.frozen {
+            None => params_from_bytes(&self.config, tensors)?,
+            Some(frozen) => factors_from_bytes(&self.config, &frozen.lora, tensors)?,
+        };
         for (name, var) in &self.vars {
             let value =
                 params.get(name).ok_or_else(|| EngineError::new(format!("tensor {name} is missing")))?;
             var.set(value)?;
         }
         self.gradients.clear();
-        Ok(())
+        self.fold_again()
     }
 
     /// Optimizer steps taken.
@@ -275,6 +326,28 @@ impl LocalTrainer {
         Ok(())
     }
 
+    /// The names and shapes of the trained parameters, in the order of the forward pass.
+    fn expected(&self) -> Vec<(String, Vec<usize>)> {
+        match &self.frozen {
+            None => expected_tensors(&self.config),
+            Some(frozen) => expected_factors(&self.config, &frozen.lora),
+        }
+    }
+
+    fn frozen(&self) -> Result<&Frozen> {
+        self.frozen
+            .as_ref()
+            .ok_or_else(|| EngineError::new("all parameters are trained, wanted a trainer of a LoRA adapter"))
+    }
+
+    /// Brings the folded weights up to the factors.
+    fn fold_again(&mut self) -> Result<()> {
+        if self.frozen.is_some() {
+            self.model = model_of(&self.config, self.frozen.as_ref(), &tensors_of(&self.vars))?;
+        }
+        Ok(())
+    }
+
     /// Splits a batch so that no part computes more than [`MAX_LOGITS`], padding included; a
     /// single datum is never split.
     fn parts<'a>(&self, batch: &'a [Datum]) -> Vec<&'a [Datum]> {
@@ -295,4 +368,46 @@ impl LocalTrainer {
         }
         parts
     }
+}
+
+/// The model on these trained parameters.
+fn model_of(
+    config: &ModelConfig,
+    frozen: Option<&Frozen>,
+    trained: &BTreeMap<String, Tensor>,
+) -> Result<Model> {
+    match frozen {
+        None => Model::new(config, trained),
+        Some(Frozen { lora, base }) => Model::new(config, &fold(config, lora, base, trained)?),
+    }
+}
+
+fn tensors_of(vars: &BTreeMap<String, Var>) -> BTreeMap<String, Tensor> {
+    vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect()
+}
+
+/// The wanted tensors as bytes of `dtype`, rounded.
+fn encode_all<'a>(
+    wanted: Vec<(String, Vec<usize>)>,
+    find: impl Fn(&str) -> Option<&'a Tensor>,
+    dtype: WeightDtype,
+) -> Result<Vec<NamedBytes>> {
+    let largest = match dtype {
+        WeightDtype::F16 => half::f16::MAX.to_f32(),
+        WeightDtype::Bf16 => half::bf16::MAX.to_f32(),
+        WeightDtype::F32 => f32::MAX,
+    };
+    let fits = |value: &f32| value.is_finite() && value.abs() <= largest;
+    let encode = |(name, shape): (String, Vec<usize>)| {
+        let tensor = find(&name).ok_or_else(|| EngineError::new(format!("variable {name} is missing")))?;
+        let values = tensor.flatten_all()?.to_vec1::<f32>()?;
+        if let Some(value) = values.iter().find(|value| !fits(value)) {
+            return Err(EngineError::new(format!(
+                "tensor {name} holds {value}, which is not a finite {}",
+                dtype.name()
+            )));
+        }
+        Ok((name, shape, dtype.encode(&values)))
+    };
+    wanted.into_iter().map(encode).collect()
 }

@@ -233,8 +233,8 @@ fn run(shared: &Shared, served: &Served, request: Request, cancel: &Cancel) -> R
 
 /// Reads a prompt, from the longest beginning that these weights have read before.
 fn read(shared: &Shared, served: &Served, prompt: &[u32], cached: &mut usize) -> Result<Arc<Prefix>> {
-    let digest = &served.id().digest;
-    let prefix = match shared.prefixes.longest(digest, prompt) {
+    let salt = served.salt();
+    let prefix = match shared.prefixes.longest(salt, prompt) {
         Some(found) if found.tokens().len() == prompt.len() => {
             *cached += prompt.len();
             return Ok(found);
@@ -246,7 +246,7 @@ fn read(shared: &Shared, served: &Served, prompt: &[u32], cached: &mut usize) ->
         None => engine::prefill(served.model(), prompt)?,
     };
     let prefix = Arc::new(prefix);
-    shared.prefixes.insert(digest, Arc::clone(&prefix));
+    shared.prefixes.insert(salt, Arc::clone(&prefix));
     Ok(prefix)
 }
 

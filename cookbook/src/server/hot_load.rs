@@ -10,8 +10,8 @@ use axum::response::{IntoResponse, Response};
 use serde_json::json;
 use towline_core::{Error, Result, SnapshotIdentity, Stage};
 use towline_deploy::wire::{
-    DIGEST_HEADER, HotLoadRequest, LoadingState, MANIFEST_HEADER, OPERATION_HEADER, ReplicaEntry,
-    StatusResponse, TowlineExtra,
+    DIGEST_HEADER, HotLoadRequest, LoadedAdapter, LoadingState, MANIFEST_HEADER, OPERATION_HEADER,
+    ReplicaEntry, StatusResponse, TowlineExtra,
 };
 
 use super::answer;
@@ -46,6 +46,9 @@ pub(super) async fn status(State(shared): State<Arc<Shared>>) -> Json<StatusResp
         .into(),
         target_snapshot_identity: load.target.as_ref().map(ToString::to_string),
         error: load.error.clone(),
+    });
+    entry.loaded_adapters = served.as_ref().map(|served| {
+        served.adapter().into_iter().map(|id| LoadedAdapter::loaded(id.identity.as_str())).collect()
     });
     let mut extra = TowlineExtra::default();
     extra.content_digest = served.map(|served| served.id().digest.to_string());

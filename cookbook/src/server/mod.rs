@@ -2,10 +2,15 @@
 //!
 //! Weights sit behind an atomic swap. A request takes the weights once, when it begins, and keeps them; a load
 //! that fails cannot touch what is served.
+//!
+//! A LoRA adapter is served on the base weights that it names by content digest: those that are served, or that the
+//! adapter being served is on, or else any snapshot of the store that has them, the adapter's own job first. So one order
+//! is enough for a server that has just started. A full snapshot that is loaded later takes the adapter's place.
 
 mod answer;
 mod completions;
 mod hot_load;
+mod load;
 mod prefix;
 mod state;
 

@@ -7,7 +7,16 @@ use towline_core::ContentDigest;
 
 use crate::engine::Prefix;
 
-/// Read prompts, salted by the digest of the weights: an entry can never be used with other weights.
+/// Everything that decides what the served model computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Salt {
+    /// The full weights: what is served, or what the adapter is on.
+    pub(super) weights: ContentDigest,
+    /// The adapter's factors, and the bits of their scale.
+    pub(super) adapter: Option<(ContentDigest, u64)>,
+}
+
+/// Read prompts, salted by the digests of the weights: an entry can never be used with other weights.
 ///
 /// Without a reset, entries of older weights stay and serve again when those weights come back.
 #[derive(Debug)]
@@ -18,7 +27,7 @@ pub(super) struct PrefixCache {
 
 #[derive(Debug, Default)]
 struct Entries {
-    map: HashMap<(ContentDigest, Vec<u32>), (Arc<Prefix>, u64)>,
+    map: HashMap<(Salt, Vec<u32>), (Arc<Prefix>, u64)>,
     clock: u64,
 }
 
@@ -28,7 +37,7 @@ impl PrefixCache {
     }
 
     /// The longest cached beginning of `prompt` under these weights.
-    pub(super) fn longest(&self, weights: &ContentDigest, prompt: &[u32]) -> Option<Arc<Prefix>> {
+    pub(super) fn longest(&self, weights: &Salt, prompt: &[u32]) -> Option<Arc<Prefix>> {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         entries.clock += 1;
         let now = entries.clock;
@@ -43,7 +52,7 @@ impl PrefixCache {
     }
 
     /// Keeps a read prompt; the one that was used longest ago makes room.
-    pub(super) fn insert(&self, weights: &ContentDigest, prefix: Arc<Prefix>) {
+    pub(super) fn insert(&self, weights: &Salt, prefix: Arc<Prefix>) {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         entries.clock += 1;
         let now = entries.clock;

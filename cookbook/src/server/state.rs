@@ -7,22 +7,23 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
 use towline_core::{
-    ContentDigest, Error, JobId, ManifestDigest, OpId, Result, SnapshotId, SnapshotIdentity, SnapshotKind,
-    SnapshotStore, Stage, Weights, same_tensors,
+    ContentDigest, Error, ManifestDigest, OpId, Result, SnapshotId, SnapshotIdentity, SnapshotKind,
+    SnapshotStore, Stage, Weights,
 };
 use towline_storage::{SnapshotInfo, SnapshotRepo, Wanted};
 
 use super::ServerOptions;
-use super::prefix::PrefixCache;
-use crate::bridge;
-use crate::engine::{Model, ModelConfig};
+use super::load::{Source, source};
+use super::prefix::{PrefixCache, Salt};
+use crate::engine::Model;
 
-/// One set of weights as it is served: the bytes, for the next delta, and the model, for requests.
+/// One set of weights as it is served: the bytes, for the next delta or adapter, and the model, for requests.
 #[derive(Debug)]
 pub struct Served {
-    id: SnapshotId,
-    weights: Weights,
-    model: Model,
+    pub(super) id: SnapshotId,
+    pub(super) weights: Weights,
+    pub(super) salt: Salt,
+    pub(super) model: Model,
 }
 
 impl Served {
@@ -32,10 +33,27 @@ impl Served {
         &self.id
     }
 
-    /// The published bytes.
+    /// The published bytes of the full weights: of the base, if an adapter is served on it.
     #[must_use]
     pub fn weights(&self) -> &Weights {
         &self.weights
+    }
+
+    /// Identity and content digest of the adapter, if one is served.
+    #[must_use]
+    pub fn adapter(&self) -> Option<&SnapshotId> {
+        self.salt.adapter.is_some().then_some(&self.id)
+    }
+
+    /// The content digest of [`Served::weights`].
+    #[must_use]
+    pub fn base(&self) -> &ContentDigest {
+        &self.salt.weights
+    }
+
+    /// What cached prompts are salted with.
+    pub(super) fn salt(&self) -> &Salt {
+        &self.salt
     }
 
     /// The model on them.
@@ -49,7 +67,7 @@ impl Served {
 pub(super) struct Shared {
     pub(super) options: ServerOptions,
     pub(super) prefixes: PrefixCache,
-    store: Arc<dyn SnapshotStore>,
+    pub(super) store: Arc<dyn SnapshotStore>,
     started: Instant,
     served: ArcSwapOption<Served>,
     swaps: AtomicU64,
@@ -117,17 +135,8 @@ impl Shared {
     /// Serves the model that the options name, if they name one.
     pub(super) async fn serve_promoted(&self) -> Result<()> {
         let Some(id) = &self.options.promoted else { return Ok(()) };
-        // The registry is the store's: any job's repo reads it.
-        let repo = SnapshotRepo::new(Arc::clone(&self.store), JobId::new("server")?, towline_codec::all());
-        let loaded = repo.load_model(id).await?;
-        let source = loaded.model.source.id;
-        let config = loaded.files.iter().find(|(path, _)| path == "config.json").map(|(_, body)| body);
-        let config = config.ok_or_else(|| {
-            Error::unsupported(format!("model `{id}` has no config.json"))
-                .with_help("serve a model of full weights")
-        })?;
-        let model = bridge::model(&parse_config(config)?, &loaded.weights)?;
-        self.served.store(Some(Arc::new(Served { id: source, weights: loaded.weights, model })));
+        let served = super::load::promoted(self, id).await?;
+        self.served.store(Some(Arc::new(served)));
         Ok(())
     }
 
@@ -163,14 +172,12 @@ impl Shared {
         if !self.begin(&order)? {
             return Ok(());
         }
-        let found = self.find(&order).await;
-        let checked = found.and_then(|found| self.check(&order, &found.1).map(|()| found));
-        match checked {
-            Ok((repo, info)) => {
+        match self.prepare(&order).await {
+            Ok(source) => {
                 let shared = Arc::clone(self);
                 let work = Arc::clone(self);
                 // In a task of its own, so that even a panic ends in a stage that callers see.
-                let work = tokio::spawn(async move { work.run(&order, &repo, &info).await });
+                let work = tokio::spawn(async move { work.run(&order, source).await });
                 tokio::spawn(async move {
                     let outcome = work.await.unwrap_or_else(|error| {
                         Err(Error::internal("the hot-load panicked").with_source(error))
@@ -225,6 +232,13 @@ impl Shared {
         }
     }
 
+    /// Finds what is ordered, and refuses what cannot be loaded before a byte of its weights is read.
+    async fn prepare(&self, order: &Order) -> Result<Source> {
+        let (repo, info) = self.find(order).await?;
+        self.check(order, &info)?;
+        source(self, repo, info).await
+    }
+
     async fn find(&self, order: &Order) -> Result<(SnapshotRepo, SnapshotInfo)> {
         for job in towline_storage::jobs(self.store.as_ref()).await? {
             let repo = SnapshotRepo::new(Arc::clone(&self.store), job, towline_codec::all());
@@ -272,43 +286,27 @@ impl Shared {
                     .with_help("order a base")),
                 }
             }
-            (SnapshotKind::Base | SnapshotKind::MergedBase, None) => Ok(()),
-            (SnapshotKind::Base | SnapshotKind::MergedBase, Some(_)) => Err(Error::chain_mismatch(format!(
-                "{} is a full snapshot, but it was ordered as a delta",
-                info.id
-            ))
-            .with_help("leave `incremental_snapshot_metadata` out")),
+            (SnapshotKind::Base | SnapshotKind::MergedBase | SnapshotKind::Adapter, None) => Ok(()),
+            (SnapshotKind::Base | SnapshotKind::MergedBase | SnapshotKind::Adapter, Some(_)) => {
+                Err(Error::chain_mismatch(format!(
+                    "{} is a full snapshot, but it was ordered as a delta",
+                    info.id
+                ))
+                .with_help("leave `incremental_snapshot_metadata` out"))
+            }
             (kind, _) => Err(Error::unsupported(format!("this server loads no {kind}"))),
         }
     }
 
     /// Loads, checks and swaps. Until the swap nothing that is served is touched.
-    async fn run(self: &Arc<Self>, order: &Order, repo: &SnapshotRepo, info: &SnapshotInfo) -> Result<()> {
+    async fn run(self: &Arc<Self>, order: &Order, source: Source) -> Result<()> {
         let started = Instant::now();
         let served = self.served();
-        let weights = match (info.kind, &served) {
-            (SnapshotKind::Delta, Some(served)) => repo.apply(info, &served.weights).await?,
-            (SnapshotKind::Delta, None) => {
-                return Err(Error::chain_mismatch("nothing is served to apply a delta to"));
-            }
-            _ => repo.restore(info).await?,
-        };
-        let config = repo.file(info, "config.json").await?;
+        let content = source.read().await?;
         let loaded = started.elapsed();
-        let id = info.id.clone();
         let build = tokio::task::spawn_blocking(move || {
             let started = Instant::now();
-            let config = parse_config(&config)?;
-            if let Some(served) = &served {
-                same_tensors(served.weights.tensors(), weights.tensors()).map_err(|error| {
-                    error.context("the snapshot is of another model than the one that is served")
-                })?;
-            }
-            if weights.content_digest() != id.digest {
-                return Err(Error::corrupt(format!("the loaded weights are not {id}")));
-            }
-            let model = bridge::model(&config, &weights)?;
-            Ok((Served { id, weights, model }, started.elapsed()))
+            content.build(served.as_deref()).map(|next| (next, started.elapsed()))
         });
         let (next, verified) =
             build.await.map_err(|error| Error::internal("the loader panicked").with_source(error))??;
@@ -324,9 +322,4 @@ impl Shared {
         (load.load, load.verify, load.pause) = (Some(loaded), Some(verified), Some(pause));
         Ok(())
     }
-}
-
-fn parse_config(bytes: &[u8]) -> Result<ModelConfig> {
-    let text = std::str::from_utf8(bytes).map_err(|_| Error::corrupt("config.json is no text"))?;
-    Ok(ModelConfig::from_json(text)?)
 }

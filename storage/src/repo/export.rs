@@ -6,16 +6,17 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use towline_core::safetensors::{Header, layout};
-use towline_core::{Error, Result, TensorMeta};
+use towline_core::{Error, Result, SnapshotKind, TensorMeta};
 
 use super::SnapshotRepo;
-use super::files::{INDEX, cut, index_json, model_names, plain_metadata};
+use super::files::{INDEX, index_json, plain_files, plain_metadata};
 use super::info::SnapshotInfo;
 use crate::folder::{NewFolder, unwritten};
 use crate::io::blocking;
 
 impl SnapshotRepo {
-    /// Writes the whole weights of a snapshot, and the files that were passed through, to the new folder `dir`. It is
+    /// Writes the whole weights of a snapshot, and the files that were passed through, to the new folder `dir`: a model's
+    /// of Hugging Face, or an adapter's of PEFT. It is
     /// written beside and renamed into its place, so that it is there whole or not at all. The passed-through files
     /// of a delta are those of its nearest parent that has any.
     ///
@@ -27,7 +28,7 @@ impl SnapshotRepo {
         let folder = blocking(move || NewFolder::beside(target)).await?;
         let chain = self.open_chain(info).await?;
         let metas = chain.last().map(|link| link.metas.clone()).unwrap_or_default();
-        let shards = model_names(cut(&metas, self.shard_bytes), None);
+        let shards = plain_files(info.kind, &metas, self.shard_bytes);
         let mut open: Option<Shard> = None;
         let mut rest = shards.iter();
         for batch in self.batches(&chain) {
@@ -59,11 +60,13 @@ impl SnapshotRepo {
         }
 
         let mut files = self.passed_through(&chain).await?;
-        let total = metas.iter().map(|meta| meta.byte_len() as u64).sum();
-        let places = shards.iter().flat_map(|(name, run)| {
-            metas.get(run.clone()).unwrap_or_default().iter().map(|meta| (meta.name(), name.as_str()))
-        });
-        files.push((INDEX.to_owned(), index_json(total, places)?));
+        if info.kind != SnapshotKind::Adapter {
+            let total = metas.iter().map(|meta| meta.byte_len() as u64).sum();
+            let places = shards.iter().flat_map(|(name, run)| {
+                metas.get(run.clone()).unwrap_or_default().iter().map(|meta| (meta.name(), name.as_str()))
+            });
+            files.push((INDEX.to_owned(), index_json(total, places)?));
+        }
         blocking(move || {
             for (path, body) in files {
                 folder.write(&path, &body)?;

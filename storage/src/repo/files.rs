@@ -12,7 +12,7 @@ use towline_core::pipeline::Limits;
 use towline_core::safetensors::{Header, layout};
 use towline_core::{
     Codec, ContentDigest, DIGEST_BLOCK, Error, FileEntry, Framing, ObjectKey, ObjectWriter, Result,
-    TensorDigest, TensorEntry, TensorMeta, TensorSource, block_digest,
+    SnapshotKind, TensorDigest, TensorEntry, TensorMeta, TensorSource, block_digest,
 };
 
 use super::ops::Ops;
@@ -21,6 +21,10 @@ use crate::shard::{ShardSummary, Tally, write, write_shard};
 
 /// The file that says which file holds which tensor.
 pub(super) const INDEX: &str = "model.safetensors.index.json";
+/// The only file of an adapter's weights, as PEFT calls it.
+pub(super) const ADAPTER: &str = "adapter_model.safetensors";
+/// What an adapter is put beside, and how: without it nobody can use one.
+pub(super) const ADAPTER_CONFIG: &str = "adapter_config.json";
 /// Pieces of a file that wait for the store.
 const QUEUE: usize = 8;
 /// The most bytes of a piece: whole blocks, so that a wake-up of the writing thread is worth it.
@@ -100,6 +104,18 @@ pub(super) fn model_names(runs: Vec<Range<usize>>, codec: Option<&dyn Codec>) ->
     let count = runs.len();
     let name = |number| format!("model-{number:05}-of-{count:05}.{suffix}");
     runs.into_iter().enumerate().map(|(index, run)| (name(index + 1), run)).collect()
+}
+
+/// The plain files of weights: an adapter is one file, whatever its size.
+pub(super) fn plain_files(
+    kind: SnapshotKind,
+    tensors: &[TensorMeta],
+    limit: u64,
+) -> Vec<(String, Range<usize>)> {
+    if kind == SnapshotKind::Adapter {
+        return vec![(ADAPTER.to_owned(), 0..tensors.len())];
+    }
+    model_names(cut(tensors, limit), None)
 }
 
 /// The content of [`INDEX`].

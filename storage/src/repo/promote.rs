@@ -15,7 +15,7 @@ use towline_core::{
 };
 
 use super::chain::Link;
-use super::files::{INDEX, cut, finish_file, index_json, model_names, plain_metadata};
+use super::files::{ADAPTER_CONFIG, INDEX, finish_file, index_json, plain_files, plain_metadata};
 use super::info::{SnapshotInfo, Wanted};
 use super::ops::{Budget, may_have_landed};
 use super::{SnapshotRepo, lost};
@@ -29,10 +29,8 @@ const VERSION: u32 = 1;
 const MAX_RECORD: u64 = 1 << 20;
 /// What is copied at once.
 const PIECE: u64 = 8 << 20;
-/// What engines open first: written when all else is there.
-const CONFIG: &str = "config.json";
-/// The file of an adapter's weights, as PEFT calls it.
-const ADAPTER: &str = "adapter_model.safetensors";
+/// What engines open first, of a model and of an adapter: written when all else is there.
+const FIRST_READ: [&str; 2] = ["config.json", ADAPTER_CONFIG];
 
 /// How to promote.
 #[derive(Clone)]
@@ -320,7 +318,7 @@ impl SnapshotRepo {
     /// The files of a plain snapshot, as they are.
     async fn copy_files(&self, info: &SnapshotInfo, folder: &ObjectKey, tally: &mut Tally) -> Result<()> {
         let mut files = self.manifest(info).await?.files;
-        files.sort_by_key(|entry| (!entry.weights, entry.path == CONFIG));
+        files.sort_by_key(|entry| (!entry.weights, FIRST_READ.contains(&entry.path.as_str())));
         tally.all = files.iter().map(|entry| entry.bytes).sum();
         for entry in files {
             self.copy_file(info, &entry, folder, tally).await?;
@@ -363,11 +361,8 @@ impl SnapshotRepo {
         let chain = self.open_chain(info).await?;
         let metas = chain.last().map(|link| link.metas.clone()).unwrap_or_default();
         tally.all = metas.iter().map(|meta| meta.byte_len() as u64).sum();
-        let (total, adapter) = (tally.all, info.kind == SnapshotKind::Adapter);
-        let shards = match adapter {
-            true => vec![(ADAPTER.to_owned(), 0..metas.len())],
-            false => model_names(cut(&metas, self.shard_bytes), None),
-        };
+        let total = tally.all;
+        let shards = plain_files(info.kind, &metas, self.shard_bytes);
         for (name, run) in &shards {
             let held = metas.get(run.clone()).unwrap_or_default();
             let order = layout(held);
@@ -380,12 +375,10 @@ impl SnapshotRepo {
             }
             file.finish(self).await?;
         }
-        if !adapter {
-            let places = shards.iter().flat_map(|(name, run)| {
-                metas.get(run.clone()).unwrap_or_default().iter().map(|meta| (meta.name(), name.as_str()))
-            });
-            self.small_file(folder, INDEX, index_json(total, places)?).await?;
-        }
+        let places = shards.iter().flat_map(|(name, run)| {
+            metas.get(run.clone()).unwrap_or_default().iter().map(|meta| (meta.name(), name.as_str()))
+        });
+        self.small_file(folder, INDEX, index_json(total, places)?).await?;
         for (path, body) in self.passed_through(&chain).await? {
             self.small_file(folder, &path, body).await?;
         }
@@ -399,7 +392,7 @@ impl SnapshotRepo {
     }
 
     /// The files that were passed through with the last snapshot of a chain, or the nearest below it that has any:
-    /// `config.json` is the last.
+    /// the configuration is the last.
     pub(super) async fn passed_through(&self, chain: &[Link]) -> Result<Vec<(String, Bytes)>> {
         let mut files = Vec::new();
         for link in chain.iter().rev() {
@@ -410,7 +403,7 @@ impl SnapshotRepo {
                 break;
             }
         }
-        files.sort_by_key(|(path, _)| path == CONFIG);
+        files.sort_by_key(|(path, _)| FIRST_READ.contains(&path.as_str()));
         Ok(files)
     }
 

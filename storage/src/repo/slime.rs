@@ -26,7 +26,7 @@ impl SnapshotRepo {
     /// tensors whose digests differ are restored, as many at once as the options have threads.
     ///
     /// # Errors
-    /// `AlreadyExists` if the directory is there; `Invalid` for a train state; as [`write_delta`] and
+    /// `AlreadyExists` if the directory is there; `Invalid` for a train state or an adapter; as [`write_delta`] and
     /// [`SnapshotRepo::restore`].
     pub async fn export_slime(
         &self,
@@ -36,9 +36,12 @@ impl SnapshotRepo {
         options: &Options,
     ) -> Result<Written> {
         for info in parent.into_iter().chain([info]) {
-            if info.kind == SnapshotKind::State {
-                return Err(Error::invalid(format!("{} is a {}: wanted weights", info.id, info.kind))
-                    .with_help("name a snapshot for samplers"));
+            if matches!(info.kind, SnapshotKind::State | SnapshotKind::Adapter) {
+                return Err(Error::invalid(format!(
+                    "{} is of kind {}: wanted a model's weights",
+                    info.id, info.kind
+                ))
+                .with_help("name a base, a delta or a merged base"));
             }
         }
         let target = options.target(folder)?;

@@ -16,7 +16,10 @@ use towline_core::{
 
 use super::SnapshotRepo;
 use super::chain::MAX_DEPTH;
-use super::files::{INDEX, Work, Written, cut, cut_like, index_json, model_names, write_files};
+use super::files::{
+    ADAPTER, ADAPTER_CONFIG, INDEX, Work, Written, cut, cut_like, index_json, model_names, plain_files,
+    write_files,
+};
 use super::head::{Fence, Head, HeadObject, Pending};
 use super::info::{Metric, SnapshotInfo, Wanted};
 use super::publish::{Publish, SaveTrainState};
@@ -78,7 +81,8 @@ impl Writer {
     /// * `AlreadyExists` at once if a snapshot for samplers has this identity;
     /// * `Fenced` if another writer has opened the job;
     /// * `ChainMismatch` if the parent's weights are not those of the named parent; nothing is committed;
-    /// * `NotFound` if the parent is gone; `Invalid` for a delta without parent or codec and the like;
+    /// * `NotFound` if the parent is gone; `Invalid` for a delta without parent or codec, an adapter with a codec or
+    ///   without `adapter_config.json`, and the like;
     /// * `Unsupported` if the codec cannot write this kind;
     /// * `Unavailable` or `TimedOut` if the store fails; if that happens to the very last step, it may have taken
     ///   effect: look for it before publishing again.
@@ -101,6 +105,9 @@ impl Writer {
             check_mode(codec, if delta { Mode::Delta } else { Mode::Base })?;
         }
         check_paths(&name, &files)?;
+        if kind == SnapshotKind::Adapter {
+            check_adapter(&name, codec.as_ref(), &files)?;
+        }
         let save = Save {
             name,
             kind,
@@ -218,7 +225,7 @@ impl Writer {
             .with_help("publish a base"));
         }
         let mut extra = save.files.clone();
-        if save.codec.is_none() {
+        if save.codec.is_none() && save.kind != SnapshotKind::Adapter {
             let path = |file: usize| files.get(file).map_or("", |file| file.path.as_str());
             let places = tensors.iter().map(|tensor| (tensor.name.as_str(), path(tensor.file)));
             extra.push((INDEX.to_owned(), index_json(raw_bytes, places)?));
@@ -401,6 +408,9 @@ impl Writer {
 
     fn shards(&self, save: &Save, parent: Option<&Manifest>) -> Vec<(String, std::ops::Range<usize>)> {
         let tensors = save.weights.tensors();
+        if save.codec.is_none() {
+            return plain_files(save.kind, tensors, self.repo.shard_bytes);
+        }
         let like_parent = parent
             .filter(|parent| parent.tensors.len() == tensors.len())
             .and_then(|parent| cut_like(&parent.tensors));
@@ -523,7 +533,7 @@ impl fmt::Debug for Save {
 fn check_paths(name: &SnapshotName, files: &[(String, Bytes)]) -> Result<()> {
     let mut seen = BTreeSet::new();
     for (path, _) in files {
-        let ours = matches!(path.as_str(), "manifest.json" | INDEX)
+        let ours = matches!(path.as_str(), "manifest.json" | INDEX | ADAPTER)
             || path.starts_with("model-") && (path.ends_with(".safetensors") || path.ends_with(".towline"));
         if ours || !seen.insert(path) {
             return Err(Error::invalid(format!(
@@ -533,6 +543,23 @@ fn check_paths(name: &SnapshotName, files: &[(String, Bytes)]) -> Result<()> {
             .with_help("leave out what the snapshot writes itself, and name each file once"));
         }
         ObjectKey::new(path.as_str())?;
+    }
+    Ok(())
+}
+
+/// An adapter is stored as it is used: whole, in PEFT's two files.
+fn check_adapter(
+    name: &SnapshotName,
+    codec: Option<&Arc<dyn Codec>>,
+    files: &[(String, Bytes)],
+) -> Result<()> {
+    if let Some(codec) = codec {
+        return Err(Error::invalid(format!("`{name}`: an adapter in codec {}", codec.id()))
+            .with_help("publish it without a codec: adapters are stored plain"));
+    }
+    if files.iter().all(|(path, _)| path != ADAPTER_CONFIG) {
+        return Err(Error::invalid(format!("`{name}`: an adapter without `{ADAPTER_CONFIG}`"))
+            .with_help("pass its configuration through as a file"));
     }
     Ok(())
 }

@@ -2,8 +2,8 @@
 
 use async_trait::async_trait;
 use towline_core::{
-    AdamParams, Batch, ContentDigest, DeltaParents, ExportRequest, ForwardBackward, OptimStep, Result,
-    SaveState, SnapshotRef, StateRef,
+    AdamParams, AdapterSource, Batch, ContentDigest, DeltaParents, Error, ExportRequest, ForwardBackward,
+    OptimStep, Result, SaveState, SnapshotRef, StateRef,
 };
 
 /// A trainer in this process. An [`crate::EmbeddedClient`] calls it one operation at a time.
@@ -16,7 +16,7 @@ pub trait Backend: Send + 'static {
     fn delta_parents(&self) -> DeltaParents;
 
     /// The content digest of the sampler weights that it was restored from, if it was. Read at the start and after
-    /// each loaded state.
+    /// each loaded state or adapter.
     fn restored(&self) -> Option<ContentDigest>;
 
     /// Whether it trains a LoRA adapter: a save that is not a merged base is then the whole adapter. Default false.
@@ -59,4 +59,14 @@ pub trait Backend: Send + 'static {
     /// # Errors
     /// `NotFound` if there is no such state; as the store answers.
     async fn load_state(&mut self, state: &StateRef, with_optimizer: bool) -> Result<()>;
+
+    /// Puts an adapter's factors in the place of those that are trained, and leaves the optimizer as it is.
+    ///
+    /// # Errors
+    /// `Unsupported` if no adapter is trained, which is what the provided method answers; `NotFound` if there is no such
+    /// adapter; `Invalid` if it does not fit.
+    async fn load_adapter(&mut self, source: &AdapterSource) -> Result<()> {
+        Err(Error::unsupported(format!("{source} was to be loaded, but this trainer loads no adapters"))
+            .with_help("use a trainer of a LoRA adapter"))
+    }
 }

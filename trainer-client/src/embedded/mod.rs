@@ -11,9 +11,9 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use towline_core::{
-    AdamParams, Batch, CodecId, ContentDigest, DeltaParents, Error, ExportRequest, ForwardBackward,
-    OptimStep, Pending, Resolver, Result, SaveState, SaveWeights, SavedWeights, SnapshotExporter,
-    SnapshotName, SnapshotRef, StateRef, TrainingClient, pending,
+    AdamParams, AdapterSource, Batch, CodecId, ContentDigest, DeltaParents, Error, ExportRequest,
+    ForwardBackward, OptimStep, Pending, Resolver, Result, SaveState, SaveWeights, SavedWeights,
+    SnapshotExporter, SnapshotName, SnapshotRef, StateRef, TrainingClient, pending,
 };
 
 pub use backend::Backend;
@@ -30,7 +30,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(3600);
 ///
 /// One task runs the operations in the order of the calls. If one fails, those queued behind it fail too, and so
 /// does the next call. After a failed save that is all. After a failed training or loading operation every call
-/// fails until a state is loaded: nothing trains on after a lost step. Exports through [`SnapshotExporter`] answer
+/// fails until a state or an adapter is loaded: nothing trains on after a lost step. Exports through [`SnapshotExporter`] answer
 /// whoever waits for them, and their failure holds up nobody else. At most 1024 operations wait their turn; one
 /// more is refused, which counts as its failure.
 ///
@@ -183,6 +183,11 @@ impl TrainingClient for EmbeddedClient {
     fn load_state_with_optimizer(&self, state: &StateRef) -> Pending<()> {
         let state = state.clone();
         self.submit(Effect::Restores, |resolver| Command::LoadState(state, true, resolver))
+    }
+
+    fn load_adapter(&self, source: &AdapterSource) -> Pending<()> {
+        let source = source.clone();
+        self.submit(Effect::Restores, |resolver| Command::LoadAdapter(source, resolver))
     }
 }
 

@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{mpsc, oneshot};
 use towline_core::{
-    AdamParams, Batch, Chain, ChainSettings, CodecId, ContentDigest, DeltaParents, Error, ExportRequest,
-    ForwardBackward, OptimStep, Resolver, Result, SaveState, SaveWeights, SavedWeights, SnapshotRef,
-    StateRef,
+    AdamParams, AdapterSource, Batch, Chain, ChainSettings, CodecId, ContentDigest, DeltaParents, Error,
+    ExportRequest, ForwardBackward, OptimStep, Resolver, Result, SaveState, SaveWeights, SavedWeights,
+    SnapshotRef, StateRef,
 };
 
 use super::Backend;
@@ -27,6 +27,7 @@ pub(super) enum Command {
     SaveWeights(SaveWeights, CodecId, Resolver<SavedWeights>),
     SaveState(SaveState, Resolver<StateRef>),
     LoadState(StateRef, bool, Resolver<()>),
+    LoadAdapter(AdapterSource, Resolver<()>),
     Export(ExportRequest, Resolver<SnapshotRef>),
     Holds(ContentDigest, Resolver<bool>),
     Drained(oneshot::Sender<()>),
@@ -84,6 +85,10 @@ impl<B: Backend> Worker<B> {
                 let work = || self.load_state(state, with_optimizer);
                 operation(ledger, ticket, Effect::Restores, resolver, work).await;
             }
+            Command::LoadAdapter(source, resolver) => {
+                let work = || self.load_adapter(source);
+                operation(ledger, ticket, Effect::Restores, resolver, work).await;
+            }
             Command::Export(request, resolver) => {
                 resolver.running();
                 let name = request.name.clone();
@@ -124,11 +129,21 @@ impl<B: Backend> Worker<B> {
 
     async fn load_state(&mut self, state: StateRef, with_optimizer: bool) -> Result<()> {
         self.backend.load_state(&state, with_optimizer).await?;
-        // Other weights: what was saved before is no longer where these come from.
+        self.restored();
+        Ok(())
+    }
+
+    async fn load_adapter(&mut self, source: AdapterSource) -> Result<()> {
+        self.backend.load_adapter(&source).await?;
+        self.restored();
+        Ok(())
+    }
+
+    /// Other weights: what was saved before is no longer where these come from.
+    fn restored(&mut self) {
         self.chain.reset();
         self.shared.set_restored(self.backend.restored());
         self.shared.ledger.restored();
-        Ok(())
     }
 }
 
@@ -166,7 +181,7 @@ impl Command {
     pub(super) fn refuse(self, error: Error, ledger: &Ledger) {
         let effect = match &self {
             Self::ForwardBackward(..) | Self::OptimStep(..) => Some(Effect::Trains),
-            Self::LoadState(..) => Some(Effect::Restores),
+            Self::LoadState(..) | Self::LoadAdapter(..) => Some(Effect::Restores),
             Self::SaveWeights(..) | Self::SaveState(..) => Some(Effect::Saves),
             // Whoever asked waits for the answer.
             Self::Export(..) | Self::Holds(..) | Self::Drained(_) => None,
@@ -185,7 +200,7 @@ impl Command {
                 ledger.give_back(NameKind::State, request.name, &error);
                 resolver.resolve(Err(error));
             }
-            Self::LoadState(_, _, resolver) => resolver.resolve(Err(error)),
+            Self::LoadState(_, _, resolver) | Self::LoadAdapter(_, resolver) => resolver.resolve(Err(error)),
             Self::Export(request, resolver) => {
                 ledger.give_back(NameKind::Sampler, request.name, &error);
                 resolver.resolve(Err(error));
