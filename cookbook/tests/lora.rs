@@ -508,8 +508,24 @@ async fn adapters_and_merged_bases_are_promoted_and_states_are_not() {
         assert_eq!((digest(&trainer).await, trainer.client.restored()), (shelf.adapter, Some(shelf.adapter)));
     }
 
-    let model = promote("merged-3", "whole").await.unwrap();
-    assert_eq!(model.kind, ModelKind::HfBaseModel);
+    let merged = promote("merged-3", "whole").await.unwrap();
+    assert_eq!(merged.kind, ModelKind::HfBaseModel);
+    // Both are served from the start.
+    let (mut scores, completions) = (Vec::new(), |server: &Server| Completions::new(&server.url()).unwrap());
+    for model in [&model, &merged] {
+        let id = ModelId::new(model.name.rsplit_once('/').unwrap().1).unwrap();
+        let options = ServerOptions::default().with_promoted(Some(id));
+        let server = Server::start(Arc::clone(&shelf.store), options).await.unwrap();
+        scores.push(completions(&server).score(&TOKENS, &model.source.id).await.unwrap());
+    }
+    let trainer = shelf.trainer("served", true).await;
+    let source = AdapterSource::Folder(dir.path().join("copy"));
+    trainer.client.load_adapter(&source).wait(DEADLINE).await.unwrap();
+    let own = engine::score(&trainer.weights.published_model().await.unwrap(), &TOKENS).unwrap();
+    assert_eq!(scores[0], own);
+    // Merged weights are rounded once more.
+    assert!(scores[1].iter().zip(&own).all(|(left, right)| (left - right).abs() < 0.1), "{scores:?}");
+    let model = merged;
     let names = files(&dir.path().join(&model.path));
     assert!(names.contains(&"config.json".to_owned()) && !names.contains(&"adapter_config.json".to_owned()));
 

@@ -188,6 +188,28 @@ fn two_runs_at_once_on_one_store_do_not_meet() {
 }
 
 #[test]
+fn an_adapter_is_trained_promoted_and_begins_another_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = path(dir.path());
+    let lora = ["--steps", "4", "--lora-rank", "4"];
+    let events = train(store, "lora", &[&lora[..], &["--output-model-id", "addon"]].concat());
+    assert_eq!(events[5]["model"], "accounts/local/models/addon");
+    let folder = dir.path().join("models/addon");
+    let again = ["--steps", "1", "--lora-rank", "4", "--warm-start", path(&folder)];
+    let warm = train(store, "warm", &again);
+    assert_eq!(warm[0]["initialised"], format!("`{}`", folder.display()));
+    // The same command again: its own state counts, of 1 step.
+    assert_eq!(train(store, "warm", &again)[0]["resumed"], "final");
+
+    let (code, message, _) = refused(store, "lora", &["--steps", "5"]);
+    assert_eq!(code, "invalid", "a state of an adapter is none of all parameters: {message}");
+    let (_, message, _) = refused(store, "other", &["--lora-rank", "8", "--warm-start", path(&folder)]);
+    assert!(message.contains("rank"), "{message}");
+    let (code, message, _) = refused(store, "full", &["--lora-rank", "0", "--warm-start", path(&folder)]);
+    assert_eq!(code, "unsupported", "{message}");
+}
+
+#[test]
 fn the_pipeline_checks_itself() {
     let dir = tempfile::tempdir().unwrap();
     let output = towline(&["pipeline", "--json", "--dir", path(dir.path())]).output().unwrap();

@@ -13,8 +13,8 @@ use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use towline_core::{
-    AdamParams, Batch, CheckpointRef, CheckpointType, Error, JobId, Loss, ModelId, Result, SnapshotName,
-    TrainingClient as _,
+    AdamParams, AdapterSource, Batch, CheckpointRef, CheckpointType, Error, JobId, Loss, ModelId, Result,
+    SnapshotName, TrainingClient as _,
 };
 use towline_deploy::WeightSyncer;
 use towline_storage::SnapshotRepo;
@@ -25,7 +25,7 @@ use towline_trainer_client::{
 
 use crate::cli::Output;
 use crate::client::Completions;
-use crate::engine::{ModelConfig, Rng};
+use crate::engine::{LoraConfig, ModelConfig, Rng};
 use crate::recipes::{self, DEADLINE, Trainer};
 use crate::rollout::{self, Policy};
 use data::DataSet;
@@ -82,6 +82,12 @@ pub(crate) struct Options {
     /// At the position of that state.
     #[arg(long, requires = "init")]
     init_position: bool,
+    /// Train a LoRA adapter of this rank; 0 trains all parameters.
+    #[arg(long, default_value_t = 0)]
+    lora_rank: u16,
+    /// The adapter that a LoRA run without a state of its own begins with: a folder in PEFT's form.
+    #[arg(long, value_name = "FOLDER", requires = "lora_rank", conflicts_with = "init")]
+    warm_start: Option<PathBuf>,
     /// Go on from an older state if the newest is damaged.
     #[arg(long)]
     fall_back: bool,
@@ -162,7 +168,10 @@ pub(crate) async fn run(options: Options, output: &Output) -> Result<()> {
     );
     let config = ModelConfig::tiny();
     let data = DataSet::new(options.data_seed, options.rows as usize);
-    let trainer = Trainer::start(&repo, &config, SEED).await?;
+    let trainer = match options.lora_rank {
+        0 => Trainer::start(&repo, &config, SEED).await?,
+        rank => Trainer::start_lora(&repo, &config, SEED, &LoraConfig::new(rank.into())).await?,
+    };
     let mut run = Run::new(Arc::clone(&trainer.client) as _, Arc::new(repo.clone()), options.job.clone())
         .with_base_model(model_name(&config))
         .with_data(data.fingerprint.clone());
@@ -243,6 +252,7 @@ impl Options {
     fn resume(&self) -> Resume {
         let mut resume = Resume::default();
         resume.from.clone_from(&self.from);
+        resume.warm_start = self.warm_start.clone().map(AdapterSource::Folder);
         resume.fall_back = self.fall_back;
         resume.data_changed = self.data_changed.map(|what| match what {
             OtherData::Keep => DataChanged::Keep,
@@ -271,6 +281,7 @@ fn started(resumed: &Resumed, position: &Position) -> Event {
     match resumed {
         Resumed::Fresh => {}
         Resumed::Continued { state, .. } => going = Some(state.name.to_string()),
+        Resumed::WarmStarted { adapter } => initialised = Some(adapter.to_string()),
         Resumed::Initialised { state, .. } => initialised = Some(format!("{}:{}", state.job, state.name)),
     }
     Event::Started { resumed: going, initialised, step: position.step, row: position.data_consumed }

@@ -1,6 +1,6 @@
 //! What a run begins with.
 
-use towline_core::{CheckpointClass, CheckpointInfo, CheckpointRef, Error, ErrorKind, Result};
+use towline_core::{AdapterSource, CheckpointClass, CheckpointInfo, CheckpointRef, Error, ErrorKind, Result};
 
 use super::Run;
 use super::position::{Position, Stored};
@@ -15,6 +15,8 @@ pub struct Resume {
     /// What a run without a state of its own begins with. A run that was killed and started again with the same
     /// arguments goes on from its own state.
     pub init: Option<Init>,
+    /// The adapter that a LoRA run without a state of its own begins with, in the place of [`Resume::init`].
+    pub warm_start: Option<AdapterSource>,
     /// Whether an older state will do where the newest is damaged. Default: no, it is an error.
     pub fall_back: bool,
     /// What to do where the data set is another one. Default: it is an error.
@@ -87,6 +89,11 @@ pub enum Resumed {
         /// Where the loop begins.
         position: Position,
     },
+    /// The run is new, and begins with an adapter, at step 0 and row 0.
+    WarmStarted {
+        /// What was loaded.
+        adapter: AdapterSource,
+    },
 }
 
 impl Resumed {
@@ -94,7 +101,7 @@ impl Resumed {
     #[must_use]
     pub fn position(&self) -> Position {
         match self {
-            Self::Fresh => Position::default(),
+            Self::Fresh | Self::WarmStarted { .. } => Position::default(),
             Self::Continued { position, .. } | Self::Initialised { position, .. } => position.clone(),
         }
     }
@@ -115,6 +122,13 @@ impl Resume {
         self
     }
 
+    /// Sets the adapter that a LoRA run without a state of its own begins with.
+    #[must_use]
+    pub fn with_warm_start(mut self, adapter: AdapterSource) -> Self {
+        self.warm_start = Some(adapter);
+        self
+    }
+
     /// Takes an older state where the newest is damaged.
     #[must_use]
     pub fn with_fall_back(mut self) -> Self {
@@ -132,7 +146,7 @@ impl Resume {
 
 impl Run {
     /// Loads what the run goes on from into its trainer, and says where the loop is: the state that is named; else the
-    /// newest of this run; else what a new run is told to begin with; else nothing. What was looked for and could not be
+    /// newest of this run; else what a new run is told to begin with, a state or an adapter; else nothing. What was looked for and could not be
     /// seen, or seen and not loaded, is an error, never a fresh start.
     ///
     /// # Errors
@@ -140,6 +154,11 @@ impl Run {
     /// `Corrupt` if it is damaged, unless an older one will do; `Invalid` for sampler weights, another model, and other
     /// data; what catalog and trainer answer.
     pub async fn resolve_resume(&self, resume: &Resume) -> Result<Resumed> {
+        if let (Some(init), Some(adapter)) = (&resume.init, &resume.warm_start) {
+            let both =
+                format!("a run begins with one thing: the state {} or the adapter {adapter}", init.reference);
+            return Err(Error::invalid(both).with_help("leave one of them out"));
+        }
         if let Some(reference) = &resume.from {
             let state = self.resolve(reference).await?;
             let position = self.go_on(&state, resume).await?;
@@ -182,6 +201,10 @@ impl Run {
             return Err(
                 error.context(format_args!("no state of job {} can be loaded, from {newest} down", self.job))
             );
+        }
+        if let Some(adapter) = &resume.warm_start {
+            self.client.load_adapter(adapter).wait(self.deadline).await?;
+            return Ok(Resumed::WarmStarted { adapter: adapter.clone() });
         }
         let Some(init) = &resume.init else { return Ok(Resumed::Fresh) };
         let state = self.resolve(&init.reference).await?;
