@@ -434,7 +434,14 @@ impl SaveState {
     }
 }
 
-/// A saved train state. A sampler checkpoint has another type and cannot stand in its place.
+/// A saved train state. A sampler checkpoint has another type and cannot stand in its place:
+///
+/// ```compile_fail,E0308
+/// use towline_core::{SnapshotRef, TrainingClient};
+/// fn resume(client: &dyn TrainingClient, sampler: &SnapshotRef) {
+///     let _ = client.load_state(sampler);
+/// }
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct StateRef {

@@ -1,7 +1,8 @@
 """A promoted directory in the packages that people load models with.
 
-Called with the program `towline` and an empty folder. Trains and promotes a small model, serves it, and prints JSON: what
-the safetensors package reads, and how far the log-probs of transformers are from those that the server gives.
+Called with the program `towline` and an empty folder. Trains and promotes a small model and a LoRA adapter, serves them,
+and prints JSON: what the safetensors package reads, and how far the log-probs of transformers and peft are from those
+that the server gives.
 """
 
 import json
@@ -10,15 +11,15 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import peft
 import torch
 import transformers
+from peft import PeftModel
 from safetensors import safe_open
 from transformers import LlamaForCausalLM
 
 TOWLINE, FOLDER = sys.argv[1], Path(sys.argv[2])
 PROMPTS = ["3141>1134", "9876>6789", "0000>0000", "2718>1278"]
-# Both compute in 32 bits, with sums in another order.
-ALLOWED = 1e-5
 
 
 def served_logprobs(url, tokens):
@@ -38,44 +39,69 @@ def own_logprobs(model, tokens):
     return torch.log_softmax(logits, -1)[torch.arange(len(chosen)), chosen].tolist()
 
 
+def towline(*arguments):
+    command = [TOWLINE, *arguments, "--json", "--store", str(FOLDER / "store")]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def gap(model, promoted):
+    """The largest distance between the log-probs of `model` and those that a server of `promoted` gives."""
+    model.eval()
+    serve = [TOWLINE, "serve", "engine", "--json", "--store", str(FOLDER / "store"), "--port", "0"]
+    server = subprocess.Popen([*serve, "--promoted", promoted], stdout=subprocess.PIPE, text=True)
+    try:
+        url = json.loads(server.stdout.readline())["url"]
+        largest = 0.0
+        for prompt in PROMPTS:
+            tokens = list(prompt.encode())
+            pairs = zip(own_logprobs(model, tokens), served_logprobs(url, tokens), strict=True)
+            largest = max(largest, *(abs(ours - theirs) for ours, theirs in pairs))
+        return largest
+    finally:
+        server.kill()
+        server.wait()
+
+
+def load(folder):
+    """A directory in transformers, every tensor of it used and none missing."""
+    model, info = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    return model
+
+
 def main():
-    store = str(FOLDER / "store")
-    train = [TOWLINE, "train", "--json", "--store", store, "--job", "promoted", "--steps", "40"]
-    subprocess.run(train + ["--output-model-id", "promoted"], check=True, stdout=subprocess.DEVNULL)
-    model_dir = Path(store) / "models" / "promoted"
+    models = FOLDER / "store" / "models"
+    towline("train", "--job", "full", "--steps", "40", "--output-model-id", "full")
     tensors, elements = 0, 0
-    for path in sorted(model_dir.glob("*.safetensors")):
+    for path in sorted((models / "full").glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 tensor = file.get_tensor(name)
                 assert torch.isfinite(tensor).all(), name
                 tensors, elements = tensors + 1, elements + tensor.numel()
+    full = gap(load(models / "full"), "full")
 
-    model, info = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32, output_loading_info=True)
-    unused = [key for key, names in info.items() if names and key != "missing_keys"]
-    assert not unused, info
-    model.eval()
-    serve = [TOWLINE, "serve", "engine", "--json", "--store", store, "--port", "0", "--promoted", "promoted"]
-    server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True)
-    try:
-        url = json.loads(server.stdout.readline())["url"]
-        gap = 0.0
-        for prompt in PROMPTS:
-            tokens = list(prompt.encode())
-            pairs = zip(own_logprobs(model, tokens), served_logprobs(url, tokens), strict=True)
-            gap = max(gap, *(abs(ours - theirs) for ours, theirs in pairs))
-    finally:
-        server.kill()
-        server.wait()
+    # An adapter, and the base that it names.
+    rank = ["--lora-rank", "4", "--learning-rate", "1e-2"]
+    towline("train", "--job", "lora", "--steps", "20", *rank, "--output-model-id", "addon")
+    config = json.loads((models / "addon" / "adapter_config.json").read_text())
+    base = config["base_model_name_or_path"].replace("/", ":")
+    towline("promote", base, "--output-model-id", "base")
+    base = load(models / "base")
+    before = own_logprobs(base, list(PROMPTS[0].encode()))
+    adapted = PeftModel.from_pretrained(base, models / "addon")
+    after = own_logprobs(adapted, list(PROMPTS[0].encode()))
+    assert max(abs(a - b) for a, b in zip(before, after, strict=True)) > 0.1, "the adapter changes nothing"
     print(
         json.dumps(
             {
                 "tensors": tensors,
                 "elements": elements,
-                "missing": sorted(info["missing_keys"]),
-                "logprob_gap": gap,
-                "allowed": ALLOWED,
+                "logprob_gap": full,
+                "adapter_logprob_gap": gap(adapted, "addon"),
                 "transformers": transformers.__version__,
+                "peft": peft.__version__,
                 "torch": torch.__version__,
             }
         )
