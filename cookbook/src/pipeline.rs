@@ -74,7 +74,7 @@ pub(crate) async fn run(options: Options, output: &Output) -> Result<()> {
     let supervised = train(&options, &store, &sft, &arguments, None, output).await?.ended()?;
 
     let serve = ["--json", "serve", "engine", "--store", &store, "--port", "0"];
-    let (server, url) = self::serve(&serve).await?;
+    let (server, url) = Process::serve(&serve).await?;
     let (init, steps, every) = (format!("{sft}:final"), REINFORCED.to_string(), SAVE_EVERY.to_string());
     let reinforce = async |rate: &str, kill_after: Option<u64>| {
         let arguments = [
@@ -110,7 +110,7 @@ pub(crate) async fn run(options: Options, output: &Output) -> Result<()> {
 
     output.note("a server of the promoted model");
     let promoted = [&serve[..], &["--promoted", &model]].concat();
-    let (server, url) = self::serve(&promoted).await?;
+    let (server, url) = Process::serve(&promoted).await?;
     let repo =
         SnapshotRepo::new(crate::store::open_store(&store)?, JobId::new(rl.as_str())?, towline_codec::all());
     let (served, share) = check_model(&repo, &url, &model, &end).await?;
@@ -215,18 +215,6 @@ impl std::fmt::Display for End {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} ({})", self.sampler, self.digest)
     }
-}
-
-async fn serve(arguments: &[&str]) -> Result<(Process, String)> {
-    #[derive(serde::Deserialize)]
-    struct Listening {
-        url: String,
-    }
-    let mut server = Process::start("server", arguments)?;
-    let listening = server.next::<Listening>().await?;
-    let Listening { url } =
-        listening.ok_or_else(|| Error::internal("the server ended before it listened"))?;
-    Ok((server, url))
 }
 
 /// The registry's model is what was trained, the server's log-probs are its own, and how many problems it solves.

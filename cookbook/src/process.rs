@@ -35,6 +35,19 @@ impl Process {
         Ok(Self { what, child, lines: BufReader::new(stdout).lines() })
     }
 
+    /// A server, and the URL that it listens on.
+    pub(crate) async fn serve(arguments: &[&str]) -> Result<(Self, String)> {
+        #[derive(serde::Deserialize)]
+        struct Listening {
+            url: String,
+        }
+        let mut server = Self::start("server", arguments)?;
+        let listening = server.next::<Listening>().await?;
+        let Listening { url } =
+            listening.ok_or_else(|| Error::internal("the server ended before it listened"))?;
+        Ok((server, url))
+    }
+
     /// The next line as JSON; `None` when the child has closed its output.
     pub(crate) async fn next<T: serde::de::DeserializeOwned>(&mut self) -> Result<Option<T>> {
         let line = tokio::time::timeout(SILENCE, self.lines.next_line())

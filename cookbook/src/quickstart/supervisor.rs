@@ -86,15 +86,9 @@ async fn drive(
     kill_at: Option<u64>,
     output: &Output,
 ) -> Result<Story> {
-    #[derive(serde::Deserialize)]
-    struct Listening {
-        url: String,
-    }
     // Health is green before hot-loads are taken, as with real servers: the trainer has to wait for it.
     let server = ["--json", "serve", "engine", "--store", store, "--port", "0", "--ready-after-ms", "300"];
-    let mut server = Process::start("server", &server)?;
-    let Listening { url } =
-        server.next().await?.ok_or_else(|| Error::internal("the server ended before it listened"))?;
+    let (server, url) = Process::serve(&server).await?;
     let steps = options.steps.to_string();
     let arguments = [
         "quickstart-trainer",

@@ -19,7 +19,7 @@ use common::{key, name, noise, session};
 use futures_util::TryStreamExt as _;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use rules::{Entry, HOUR, MINUTE, Model, Policy};
+use rules::{Deleted, Entry, HOUR, MINUTE, Model, Policy};
 use towline_core::testing::XorCodec;
 use towline_core::{
     DType, ErrorKind, ObjectInfo, ObjectKey, Result, SnapshotKind, SnapshotStore, TensorMeta, Version,
@@ -53,6 +53,7 @@ enum Op {
     Ttl(u8, Option<u8>),
     Pin(u8, u8),
     Unpin(u8),
+    Delete(u8),
     /// For so many times ten minutes.
     Lease(u8, u8),
     Renew(u8),
@@ -108,6 +109,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => (pick(), prop::option::of(1u8..30)).prop_map(|(at, hours)| Op::Ttl(at, hours)),
         2 => (pick(), 0u8..3).prop_map(|(at, pin)| Op::Pin(at, pin)),
         2 => (0u8..3).prop_map(Op::Unpin),
+        4 => pick().prop_map(Op::Delete),
         4 => (pick(), prop_oneof![1u8..12, 1u8..200]).prop_map(|(at, time)| Op::Lease(at, time)),
         4 => pick().prop_map(Op::Renew),
         2 => pick().prop_map(Op::Release),
@@ -146,6 +148,9 @@ fn the_repo_and_its_model_agree() {
             "committed by ranks",
             "read when given up",
             "states that share",
+            "refused to delete",
+            "expired instead",
+            "deleted by name",
         ] {
             assert!(counts.get(what) > Some(&5), "{what}: {counts:?}");
         }
@@ -302,6 +307,11 @@ impl<'a> Run<'a> {
                 let pin = format!("pin-{pin}");
                 self.repo.unpin(&pin).await.unwrap();
                 self.model.pins.remove(&pin);
+            }
+            Op::Delete(pick) => {
+                if let Some(seq) = self.ever(*pick) {
+                    self.delete(seq).await;
+                }
             }
             Op::Lease(pick, tens) => {
                 if let Some(seq) = self.ever(*pick) {
@@ -601,6 +611,31 @@ impl<'a> Run<'a> {
             self.model.live.get_mut(&seq).unwrap().expires = expires;
             self.records.get_mut(&seq).unwrap().info = info;
         }
+    }
+
+    async fn delete(&mut self, seq: u64) {
+        let deleted = self.repo.delete(&self.records[&seq].info).await;
+        let wanted = self.model.delete(seq);
+        let found = match deleted {
+            Ok(None) => Deleted::Gone,
+            Ok(Some(_)) => Deleted::Expired,
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::Conflict, "{error:?}");
+                Deleted::Refused
+            }
+        };
+        assert_eq!(found, wanted, "number {seq}");
+        if found == Deleted::Expired {
+            let listed = self.repo.list().await.unwrap();
+            let info = listed.into_iter().find(|info| info.seq == seq).unwrap();
+            self.records.get_mut(&seq).unwrap().info = info;
+        }
+        let what = match found {
+            Deleted::Refused => "refused to delete",
+            Deleted::Expired => "expired instead",
+            Deleted::Gone => "deleted by name",
+        };
+        self.count(what, 1);
     }
 
     async fn prune(&mut self, policy: &Policy, grace: i64) {

@@ -29,6 +29,17 @@ pub(super) struct Policy {
     pub(super) best: Option<(usize, bool)>,
 }
 
+/// What comes of deleting one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Deleted {
+    /// It must stay: nothing is changed.
+    Refused,
+    /// Something needs it: it has expired instead.
+    Expired,
+    /// It is given up, or was before.
+    Gone,
+}
+
 /// Times are in milliseconds by the store's clock.
 #[derive(Debug, Default)]
 pub(super) struct Model {
@@ -71,6 +82,21 @@ impl Model {
         self.dead.retain(|seq, _| !due.contains(seq));
         self.leases.retain(|_, (_, until)| self.now < *until);
         (goes, due)
+    }
+
+    pub(super) fn delete(&mut self, seq: u64) -> Deleted {
+        let Some(entry) = self.live.get(&seq) else { return Deleted::Gone };
+        let newest = self.live.values().filter(|live| live.state).map(|live| live.seq).max();
+        if newest == Some(seq) || self.pins.values().any(|pinned| *pinned == seq) {
+            return Deleted::Refused;
+        }
+        if self.leased(seq) || self.live.values().any(|live| live.needs.contains(&entry.seq)) {
+            self.live.get_mut(&seq).unwrap().expires = Some(self.now - SKEW);
+            return Deleted::Expired;
+        }
+        let entry = self.live.remove(&seq).unwrap();
+        self.dead.insert(seq, (entry, self.now));
+        Deleted::Gone
     }
 
     /// Whether somebody reads what was given up with this number, or something given up that needs it.
