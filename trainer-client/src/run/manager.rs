@@ -146,16 +146,16 @@ pub struct CheckpointManager {
     settings: CheckpointSettings,
     before: Position,
     last: Instant,
-    running: Option<JoinHandle<Result<Done>>>,
+    running: Option<JoinHandle<Done>>,
     /// Rolling states that something newer takes the place of, or will.
     rolling: Vec<SnapshotName>,
 }
 
 /// What a save in the background has done.
 struct Done {
-    rolling: Option<SnapshotName>,
-    /// What could not be deleted, to be tried again.
-    left: Vec<SnapshotName>,
+    outcome: Result<()>,
+    /// Its own state, and those before that are still to be deleted.
+    rolling: Vec<SnapshotName>,
 }
 
 impl CheckpointManager {
@@ -216,10 +216,9 @@ impl CheckpointManager {
         let Some(running) = self.running.take() else { return Ok(()) };
         let done = running
             .await
-            .map_err(|error| Error::internal("a save in the background panicked").with_source(error))??;
-        self.rolling = done.left;
-        self.rolling.extend(done.rolling);
-        Ok(())
+            .map_err(|error| Error::internal("a save in the background panicked").with_source(error))?;
+        self.rolling = done.rolling;
+        done.outcome
     }
 
     /// Saves state and sampler weights for ever, as `final`, and promotes them if a model was asked for. Called again
@@ -257,10 +256,12 @@ impl CheckpointManager {
         self.last = Instant::now();
         let (run, old) = (Arc::clone(&self.run), std::mem::take(&mut self.rolling));
         self.running = Some(tokio::spawn(async move {
-            run.finish(&save, open).await?;
+            let outcome = run.finish(&save, open).await.map(drop);
             // Sampler weights are nothing to resume from.
-            let left = if kind == SaveKind::Sampler { old } else { run.delete_states(old, &save.name).await };
-            Ok(Done { rolling: rolling.then_some(save.name), left })
+            let safe = outcome.is_ok() && kind != SaveKind::Sampler;
+            let mut rolling_states = if safe { run.delete_states(old, &save.name).await } else { old };
+            rolling_states.extend((rolling && safe).then_some(save.name));
+            Done { outcome, rolling: rolling_states }
         }));
         Ok(())
     }
