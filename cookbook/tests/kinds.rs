@@ -7,16 +7,19 @@
 //! | base | either | refused | refused | base model | refused |
 //! | delta | either | refused | refused | refused; on request its full weights | refused |
 
+mod common;
+
 use std::sync::Arc;
 
+use common::Use;
 use towline_cookbook::engine::{LoraConfig, ModelConfig, Rng};
 use towline_cookbook::recipes::{DEADLINE, Trainer};
 use towline_core::{
-    AdapterSource, CheckpointCatalog as _, CheckpointRef, CheckpointType, JobId, ModelId, ModelKind,
-    SaveWeights, SnapshotIdentity, SnapshotName, SnapshotStore, TrainingClient as _,
+    CheckpointCatalog as _, CheckpointRef, CheckpointType, JobId, ModelId, ModelKind, SaveWeights,
+    SnapshotIdentity, SnapshotName, SnapshotStore, TrainingClient as _,
 };
 use towline_storage::{Memory, Promote, SnapshotRepo};
-use towline_trainer_client::{Init, PendingExt as _, Position, Resume, Run, SaveKind};
+use towline_trainer_client::{PendingExt as _, Position, Run, SaveKind};
 
 fn repo(store: &Arc<dyn SnapshotStore>, job: &str) -> SnapshotRepo {
     SnapshotRepo::new(Arc::clone(store), JobId::new(job).unwrap(), towline_codec::all())
@@ -45,13 +48,6 @@ async fn shelf(store: &Arc<dyn SnapshotStore>) -> Trainer {
     let position = Position::new(1, 32);
     run(&trainer, &repo).save_checkpoint(&name("state-1"), SaveKind::State, &position, None).await.unwrap();
     trainer
-}
-
-#[derive(Debug, Clone, Copy)]
-enum Use {
-    Resume,
-    Initialise,
-    LoadAsAdapter,
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -91,16 +87,7 @@ async fn each_kind_goes_where_it_fits_and_is_refused_with_a_reason_elsewhere() {
         };
         let run = run(&trainer, &own);
         let reference: CheckpointRef = format!("full:{what}").parse().unwrap();
-        let outcome = match how {
-            Use::Resume => run.resolve_resume(&Resume::default().with_from(reference)).await.map(drop),
-            Use::Initialise => {
-                let init = Resume::default().with_init(Init::weights(reference));
-                run.resolve_resume(&init).await.map(drop)
-            }
-            Use::LoadAsAdapter => {
-                trainer.client.load_adapter(&AdapterSource::Checkpoint(reference)).wait(DEADLINE).await
-            }
-        };
+        let outcome = how.of(reference, &trainer, &run).await;
         match refusal {
             None => {
                 outcome.unwrap();

@@ -12,9 +12,12 @@
 //! Promotion needs no trainer; a full-parameter run saves neither adapters nor merged bases. Runs resume from states and
 //! begin with them; the weights of a merged base begin a new trainer, not a run's state: that is refused.
 
+mod common;
+
 use std::path::Path;
 use std::sync::Arc;
 
+use common::Use;
 use serde_json::{Value, json};
 use towline_cookbook::adapter::{self, Adapter};
 use towline_cookbook::bridge;
@@ -29,7 +32,7 @@ use towline_core::{
     TrainingClient, Weights,
 };
 use towline_storage::{Local, Memory, Publish, SnapshotRepo, Wanted};
-use towline_trainer_client::{CheckpointLog, Init, PendingExt, Position, Resume, Resumed, Run, SaveKind};
+use towline_trainer_client::{CheckpointLog, PendingExt, Position, Resume, Resumed, Run, SaveKind};
 
 const TOKENS: [u32; 6] = [51, 49, 52, 50, 62, 49];
 
@@ -340,13 +343,6 @@ fn check_merged(base: &Weights, factors: &Weights, merged: &Weights) {
     assert_eq!(adapted, 2 * TargetModule::ALL.len());
 }
 
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Use {
-    Resume,
-    Initialise,
-    LoadAsAdapter,
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_kind_goes_into_the_trainers_that_it_fits_and_the_others_say_why_not() {
     let dir = tempfile::tempdir().unwrap();
@@ -381,16 +377,7 @@ async fn each_kind_goes_into_the_trainers_that_it_fits_and_the_others_say_why_no
         let trainer = shelf.trainer(&job, is_lora).await;
         let run = run(&trainer, &repo(&shelf.store, &job));
         let reference: CheckpointRef = format!("lora:{what}").parse().unwrap();
-        let outcome = match how {
-            Use::Resume => run.resolve_resume(&Resume::default().with_from(reference)).await.map(drop),
-            Use::Initialise => {
-                let init = Resume::default().with_init(Init::weights(reference));
-                run.resolve_resume(&init).await.map(drop)
-            }
-            Use::LoadAsAdapter => {
-                trainer.client.load_adapter(&AdapterSource::Checkpoint(reference)).wait(DEADLINE).await
-            }
-        };
+        let outcome = how.of(reference, &trainer, &run).await;
         match refusal {
             None => {
                 outcome.unwrap();
