@@ -2,7 +2,7 @@
 //!
 //! A tensor is called `base_model.model.<module>.lora_A.weight`, of `[rank, in]`, or `….lora_B.weight`, of `[out, rank]`.
 //! The base weights are named by their content digest in `revision`, PEFT's field for "which version of the base model".
-//! What would change the computation and is not implemented here is refused, never passed over.
+//! A configuration that asks for another computation than the engine's is refused, never passed over.
 
 use std::collections::BTreeSet;
 use std::path::Path;

@@ -106,7 +106,6 @@ async fn what_is_due_is_saved_and_a_killed_run_saves_at_the_same_steps() {
     assert_eq!(names(&all), kept);
     assert!(all.iter().all(|info| (info.expires_ms.is_none()) == (info.name.as_str() == "final")), "{all:?}");
     assert_eq!(model.source.id, all[6].id);
-    // Once more, as after a lost answer: the same state, the same model id is taken by other weights.
     let lines = log.read().unwrap().lines;
     let rolling: Vec<_> =
         lines.iter().filter(|line| line.rolling == Some(true)).map(|line| line.name.as_str()).collect();
@@ -174,4 +173,27 @@ async fn what_fails_in_the_background_is_the_error_of_a_later_call() {
     all.manager.step(&Position::new(1, 32)).await.unwrap();
     let error = all.manager.wait().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Denied, "{}", error.report());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_promotion_that_failed_is_finished_by_the_same_call_and_nothing_is_saved_twice() {
+    let faulty = FaultStore::new(Arc::new(Memory::new()), Plan::default());
+    let repo = repo(faulty.clone(), "train");
+    let settings = CheckpointSettings::default().with_output_model_id(ModelId::new("sorter").unwrap());
+    let mut all = Loop::start(&repo, None, settings).await;
+    all.steps(1).await;
+    faulty.script(Operation::Put, "towline.json", [Fault::Refuse(ErrorKind::Denied)]);
+    let error = all.manager.finish(&all.position).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Denied, "{}", error.report());
+    let saved = listed(&repo).await;
+    let finished = all.manager.finish(&all.position).await.unwrap();
+    assert_eq!(finished.model.unwrap().name, "accounts/local/models/sorter");
+    assert_eq!(listed(&repo).await.len(), saved.len());
+    // Of both kinds, called again: the same answer. At another position: another checkpoint.
+    let name = finished.saved.state.clone().unwrap().name;
+    let again = all.run.save_checkpoint(&name, SaveKind::Both, &all.position, None).await.unwrap();
+    assert_eq!(again, finished.saved);
+    let later = Position::new(2, 64);
+    let error = all.run.save_checkpoint(&name, SaveKind::Both, &later, None).await.unwrap_err();
+    assert_eq!(error.message(), "job train has a state final of another position");
 }

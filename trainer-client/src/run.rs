@@ -46,7 +46,7 @@ pub struct Run {
     attempt: String,
     /// The state that this process goes on from.
     continued: Mutex<Option<SnapshotId>>,
-    /// What saves have begun and not finished, by name.
+    /// What saves have begun or done, by name: called again, they do nothing twice.
     open: Mutex<HashMap<SnapshotName, Arc<Mutex<Open>>>>,
 }
 
@@ -82,9 +82,11 @@ struct Save {
     rolling: bool,
 }
 
-/// A save that is not finished.
+/// How far a save has come.
 #[derive(Debug, Default)]
 struct Open {
+    /// Of what is not wanted any more.
+    position: Position,
     state: Part<StateRef>,
     sampler: Part<SavedWeights>,
 }
@@ -200,6 +202,14 @@ impl Run {
     async fn submit(&self, save: &Save) -> Result<OwnedMutexGuard<Open>> {
         let open = Arc::clone(self.open.lock().await.entry(save.name.clone()).or_default());
         let mut open = open.lock_owned().await;
+        if open.position != save.position {
+            let (state, sampler) = (&open.state, &open.sampler);
+            if !matches!((state, sampler), (Part::Wanted, Part::Wanted)) {
+                let what = if matches!(state, Part::Wanted) { "sampler weights" } else { "a state" };
+                return Err(self.taken(&save.name, what, "of another position"));
+            }
+            open.position = save.position.clone();
+        }
         if save.kind != SaveKind::Sampler && matches!(open.state, Part::Wanted) {
             let mut request = SaveState::new(save.name.clone());
             request.ttl = save.ttl;
@@ -228,18 +238,17 @@ impl Run {
             saved.sampler = Some(open.sampler.get(self.deadline).await?);
         }
         self.record(save, &saved).await?;
-        // Who waits for this entry begins a save of its own.
-        *open = Open::default();
-        self.open.lock().await.remove(&save.name);
         Ok(saved)
+    }
+
+    fn taken(&self, name: &SnapshotName, what: &str, why: &str) -> Error {
+        Error::already_exists(format!("job {} has {what} {name} {why}", self.job))
+            .with_help("choose another name, such as one with the step")
     }
 
     /// `found` as what `request` would save, if it is that.
     async fn own_state(&self, found: &CheckpointInfo, request: &SaveState) -> Result<StateRef> {
-        let taken = |why: &str| {
-            Error::already_exists(format!("job {} has a state {} {why}", self.job, request.name))
-                .with_help("choose another name, such as one with the step")
-        };
+        let taken = |why: &str| self.taken(&request.name, "a state", why);
         let mut stored = match self.catalog.loop_state(found).await {
             Ok(stored) => stored,
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Unsupported) => {

@@ -4,14 +4,12 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::OwnedMutexGuard;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use towline_core::{
-    CheckpointClass, CheckpointRef, Error, ErrorKind, ModelId, PromotedModel, Result, SnapshotIdentity,
-    SnapshotName,
-};
+use towline_core::{Error, ErrorKind, ModelId, PromotedModel, Result, SnapshotName};
 
-use super::{Position, Resumed, Run, Save, SaveKind, Saved};
+use super::{Open, Position, Resumed, Run, Save, SaveKind, Saved};
 
 /// A week, as the public cookbook keeps periodic checkpoints.
 const PERIODIC_TTL: Duration = Duration::from_secs(604_800);
@@ -163,7 +161,7 @@ impl CheckpointManager {
     /// own saves its first one now.
     ///
     /// # Errors
-    /// `Invalid` if the model or tokens are wanted and cannot be had; as [`Run::save_checkpoint`].
+    /// `Invalid` if saves go by tokens and the position tells none; as [`Run::save_checkpoint`].
     pub async fn start(run: Arc<Run>, settings: CheckpointSettings, resumed: &Resumed) -> Result<Self> {
         let before = resumed.position();
         let by_tokens = settings.periodic.tokens > 0 || settings.rolling.tokens > 0;
@@ -273,7 +271,7 @@ impl CheckpointManager {
         kind: SaveKind,
         ttl: Option<Duration>,
         stem: &str,
-    ) -> Result<(Save, tokio::sync::OwnedMutexGuard<super::Open>)> {
+    ) -> Result<(Save, OwnedMutexGuard<Open>)> {
         let mut number = 1;
         loop {
             let name = if number == 1 { stem.to_owned() } else { format!("{stem}-{number}") };
@@ -291,11 +289,7 @@ impl CheckpointManager {
 impl Run {
     /// The job's states whose names begin with `prefix`.
     async fn states_named(&self, prefix: &str) -> Result<Vec<SnapshotName>> {
-        let all = match self.catalog.list_checkpoints(&self.job).await {
-            Ok(all) => all,
-            Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
-            Err(error) => return Err(error),
-        };
+        let all = self.catalog.list_checkpoints(&self.job).await?;
         let rolling = all.into_iter().filter(|info| info.resumable && info.name.as_str().starts_with(prefix));
         Ok(rolling.map(|info| info.name).collect())
     }
@@ -318,12 +312,9 @@ impl Run {
     }
 
     async fn delete_state(&self, name: &SnapshotName) -> Result<()> {
-        let reference = CheckpointRef::Local(SnapshotIdentity::new(name.as_str())?);
-        let found = self.catalog.resolve_checkpoint(&reference, &self.job, CheckpointClass::State).await;
-        match found {
-            Ok(found) => self.catalog.delete_checkpoint(&found).await,
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
+        match self.find_state(name).await? {
+            Some(found) => self.catalog.delete_checkpoint(&found).await,
+            None => Ok(()),
         }
     }
 }
