@@ -6,16 +6,15 @@ use towline_core::{Error, Result};
 use super::bits::{BitReader, BitWriter};
 use super::classes::{Census, Classes, MAX};
 use super::elem::Elem;
-use super::golomb::{Golomb, MAX_SHIFT};
+use super::golomb::MAX_SHIFT;
 use super::numbers::{MAGNITUDE_TOKENS, Numbers, best, read_numbers, write_numbers};
+use super::ranks::{GapForms, List, Lists, Search, behind_the_last, read_ranks};
 use super::rans::{self, Chances, DecodeTable, EncodeTable, Words};
-use super::simd::{Instructions, Isa, Kernel, TILE, prefetch};
+use super::simd::{Instructions, Isa, Kernel};
 use super::tiles::{Survey, TileMasks};
 
 /// About the bits of a class in the header.
 const CLASS_BITS: f64 = 24.0;
-/// The order of the Exp-Golomb codes for the changes of a class.
-const COUNT_ORDER: u32 = 6;
 /// The order of the Exp-Golomb code for the words of the magnitudes.
 const WORDS_ORDER: u32 = 6;
 /// A class's shift leaves this many bits or more of the mean of its coded magnitudes: it is 8 to 15 tokens.
@@ -24,47 +23,15 @@ const MEAN_BITS: u32 = 4;
 const CODER_BITS: f64 = 56.0;
 /// A table takes more than this.
 const LEAST_CODED: u64 = 16;
-/// What the order of the first class's divisor is compared with.
-const FIRST_ORDER: u32 = 3;
-/// From octave to octave the chance halves and the gaps double: two orders.
-const OCTAVE: i64 = 2;
-
-/// The changes of a block, class by class.
-#[derive(Debug, Default)]
-struct Lists {
-    /// The gap before each change, above its sign bit.
-    gaps: Vec<u32>,
-    /// The end of each class's changes.
-    ends: [usize; MAX],
-    /// The changes of each class by more than 1: which of its changes, and how much more.
-    large: [Vec<(u32, u64)>; MAX],
-}
-
-/// The changes of one class, in order.
-#[derive(Debug, Clone, Copy)]
-struct List<'a> {
-    gaps: &'a [u32],
-    large: &'a [(u32, u64)],
-}
-
-impl Lists {
-    fn of(&self, classes: &Classes) -> Vec<List<'_>> {
-        let mut start = 0;
-        let lists = self.ends.iter().zip(&self.large).take(classes.count());
-        lists
-            .map(|(&end, large)| List { gaps: &self.gaps[std::mem::replace(&mut start, end)..end], large })
-            .collect()
-    }
-}
 
 /// Kept from block to block.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
-    lists: Lists,
-    changes: Changes,
+    pub(super) lists: Lists,
+    pub(super) changes: Changes,
     buffers: Buffers,
     // On the heap from the start: the compiler takes minutes over arrays of this size on the stack.
-    tile: Box<TileMasks>,
+    pub(super) tile: Box<TileMasks>,
 }
 
 /// Appends the body of a block with the changes that `survey` found and `census` counted.
@@ -72,67 +39,14 @@ pub(super) struct Scratch {
 pub(super) fn encode(
     level: Instructions,
     survey: &Survey,
-    mut census: Census,
+    census: Census,
     scratch: &mut Scratch,
     out: &mut Vec<u8>,
 ) {
     let Scratch { lists, tile, buffers, .. } = scratch;
-    census.count(&survey.keys[..survey.elements]);
-    let classes = census.classes(CLASS_BITS);
-    lists.large.iter_mut().for_each(Vec::clear);
-    let mut sum = 0;
-    for (end, stats) in lists.ends.iter_mut().zip(census.by_class(&classes)) {
-        sum += stats.changed as usize;
-        *end = sum;
-    }
-    lists.gaps.resize(sum.max(lists.gaps.len()), 0);
-    level.run(Rank { survey, classes: &classes, lists, tile });
+    let classes = lists.fill(level, survey, census, CLASS_BITS, tile);
     let lists = lists.of(&classes);
     level.run(Write { level, classes: &classes, lists: &lists, buffers, out });
-}
-
-/// Finds the rank of each change within its class.
-struct Rank<'a> {
-    survey: &'a Survey,
-    classes: &'a Classes,
-    lists: &'a mut Lists,
-    tile: &'a mut TileMasks,
-}
-
-impl Kernel for Rank<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let Self { survey, classes, lists, tile } = self;
-        let table = classes.table();
-        // The rank behind the last change of each class, counted from the tile's first element of it; wraps.
-        let mut next = [0u32; MAX];
-        let mut starts = [0; MAX];
-        starts[1..].copy_from_slice(&lists.ends[..MAX - 1]);
-        let mut at = starts;
-        let keys = survey.keys[..survey.elements].chunks(TILE);
-        for (keys, (places, steps)) in keys.zip(survey.tiles()) {
-            tile.fill_keys(isa, keys, classes, &table);
-            for (&place, &step) in places.iter().zip(steps) {
-                let place = usize::from(place) % TILE;
-                let Some(&key) = keys.get(place) else { continue };
-                let class = usize::from(table[usize::from(key)]) % MAX;
-                let rank = tile.rank_of(class, place);
-                if let Some(gap) = lists.gaps.get_mut(at[class]) {
-                    *gap = rank.wrapping_sub(next[class]) << 1 | (step & 1) as u32;
-                }
-                if step > 1 {
-                    lists.large[class].push(((at[class] - starts[class]) as u32, step >> 1));
-                }
-                at[class] += 1;
-                next[class] = rank + 1;
-            }
-            for (class, next) in next.iter_mut().enumerate().take(classes.count()) {
-                *next = next.wrapping_sub(tile.count(class));
-            }
-        }
-    }
 }
 
 /// What the coder of magnitudes works on.
@@ -175,22 +89,11 @@ impl Kernel for Write<'_> {
         let mut bits = BitWriter::new(out);
         classes.write(&mut bits);
         bits.put(u64::from(coded), 1);
-        let mut last = FIRST_ORDER;
+        let mut forms = GapForms::new();
         for (list, plan) in lists.iter().zip(&plans) {
-            bits.exp_golomb(list.gaps.len() as u64, COUNT_ORDER);
+            forms.write(list.gaps.len(), plan.gaps, &mut bits);
             if list.gaps.is_empty() {
                 continue;
-            }
-            match plan.gaps {
-                Numbers::Each(divisor) => {
-                    bits.put(0, 1);
-                    bits.exp_golomb(zigzag(i64::from(divisor.order()) - i64::from(last) - OCTAVE), 0);
-                    last = divisor.order();
-                }
-                Numbers::Zero | Numbers::Listed { .. } | Numbers::Fixed { .. } | Numbers::Coded { .. } => {
-                    bits.put(1, 1);
-                    plan.gaps.write(&mut bits, false);
-                }
             }
             plan.magnitudes.write(&mut bits, coded);
             if let Some(table) = &plan.table {
@@ -205,7 +108,7 @@ impl Kernel for Write<'_> {
             bits = BitWriter::new(out);
         }
         for (list, plan) in lists.iter().zip(&plans) {
-            write_numbers(plan.gaps, list.waits(), list.waits_above(), &mut bits);
+            list.write_gaps(plan.gaps, &mut bits);
             for signs in list.gaps.chunks(32) {
                 let word = (0..).zip(signs).fold(0, |word, (at, sign)| word | u64::from(sign & 1) << at);
                 bits.put(word, signs.len() as u32);
@@ -223,7 +126,7 @@ fn plans(lists: &[List<'_>]) -> Vec<Plan> {
     let mut saved = 0.0;
     for list in lists {
         let count = list.gaps.len();
-        let gaps = best(count, &list.waits(), list.waits_above()).0;
+        let gaps = list.best_gaps();
         let more = list.large.iter().map(|large| large.1);
         let (magnitudes, bits) = best(count, &more, list.large.iter().copied());
         let (saves, with_table) = list.coded(bits);
@@ -244,18 +147,6 @@ fn plans(lists: &[List<'_>]) -> Vec<Plan> {
 }
 
 impl<'a> List<'a> {
-    /// The gap before each change.
-    #[inline(always)]
-    fn waits(self) -> impl Iterator<Item = u64> + Clone + use<'a> {
-        self.gaps.iter().map(|gap| u64::from(gap >> 1))
-    }
-
-    /// Those above 0, with their index.
-    #[inline(always)]
-    fn waits_above(self) -> impl Iterator<Item = (u32, u64)> + Clone + use<'a> {
-        (0..).zip(self.waits()).filter(|(_, gap)| *gap > 0)
-    }
-
     /// The magnitude of each change, less 1.
     #[inline(always)]
     fn each(self) -> impl Iterator<Item = u64> + Clone + use<'a> {
@@ -300,14 +191,6 @@ impl<'a> List<'a> {
     }
 }
 
-fn zigzag(number: i64) -> u64 {
-    ((number << 1) ^ (number >> 63)).cast_unsigned()
-}
-
-fn unzigzag(number: u64) -> i64 {
-    (number >> 1).cast_signed() ^ (number & 1).wrapping_neg().cast_signed()
-}
-
 /// The header of a body.
 struct Header {
     classes: Classes,
@@ -324,30 +207,19 @@ impl Header {
         let classes = Classes::read(bits)?;
         let coded = bits.take(1) == 1;
         let (mut plans, mut tables) = (Vec::with_capacity(MAX), Vec::with_capacity(MAX));
-        let mut left = elements as u64;
-        let mut last = FIRST_ORDER;
+        let mut left = elements;
+        let mut forms = GapForms::new();
         for _ in 0..classes.count() {
-            let count = bits.exp_golomb(COUNT_ORDER)?;
-            left = left
-                .checked_sub(count)
-                .ok_or_else(|| Error::corrupt(format!("more than {elements} elements change")))?;
+            let (count, gaps) = forms.read(bits, &mut left)?;
             if count == 0 {
                 plans.push((0, Numbers::Zero, Numbers::Zero));
                 continue;
             }
-            let gaps = if bits.take(1) == 0 {
-                let order = i64::from(last) + OCTAVE + unzigzag(bits.exp_golomb(0)?.min(1 << 20));
-                let divisor = Golomb::new(order.cast_unsigned())?;
-                last = divisor.order();
-                Numbers::Each(divisor)
-            } else {
-                Numbers::read(bits, false, count)?
-            };
-            let magnitudes = Numbers::read(bits, coded, count)?;
+            let magnitudes = Numbers::read(bits, coded, count as u64)?;
             if let Numbers::Coded { .. } = magnitudes {
                 tables.push(Chances::read(bits)?);
             }
-            plans.push((count as usize, gaps, magnitudes));
+            plans.push((count, gaps, magnitudes));
         }
         let words = if coded { bits.exp_golomb(WORDS_ORDER)? } else { 0 };
         if coded && tables.is_empty() {
@@ -368,8 +240,8 @@ pub(super) fn changed(body: &[u8], elements: usize) -> Result<usize> {
 
 /// The changes of a block, class by class: the rank within the class, and what is added.
 #[derive(Debug, Default)]
-struct Changes {
-    ranks: Vec<u32>,
+pub(super) struct Changes {
+    pub(super) ranks: Vec<u32>,
     steps: Vec<u64>,
 }
 
@@ -402,12 +274,8 @@ pub(super) fn decode<E: Elem>(
     let tokens = buffers.tokens.iter();
     let read = ReadChanges { bits, plans: &header.plans, tokens, changes, elements: target.len() };
     let ends = level.run(read)?;
-    let patch = Patch::<E> { target, classes: &header.classes, changes, ends, tile, written };
-    if level.run(patch) {
-        return Ok(());
-    }
-    Err(Error::corrupt("a change lies behind the last element of its class")
-        .with_help("check that the parent is the one that the delta was made from"))
+    let search = Search { classes: &header.classes, ranks: &changes.ranks, ends, tile };
+    level.run(Patch::<E> { target, search, steps: &changes.steps, written })
 }
 
 impl Buffers {
@@ -492,17 +360,7 @@ impl Changes {
         tokens: &mut std::slice::Iter<'_, u8>,
         elements: usize,
     ) -> Result<()> {
-        let mut next = 0;
-        read_numbers(gaps, bits, count, &mut [].iter(), |_, gap| {
-            // Neither wraps: what is not below the number of elements ends the loop.
-            let rank = u64::saturating_add(next, gap);
-            if rank >= elements as u64 {
-                return Err(Error::corrupt(format!("a change has rank {rank} of {elements} elements")));
-            }
-            next = rank + 1;
-            self.ranks.push(rank as u32);
-            Ok(())
-        })?;
+        read_ranks(gaps, bits, count, elements, &mut self.ranks)?;
         let first = self.steps.len();
         for left in (1..=count).rev().step_by(32) {
             let length = left.min(32);
@@ -523,67 +381,31 @@ impl Changes {
     }
 }
 
-/// Adds the steps to the elements of their ranks; `false` if there is no such element.
+/// Adds the steps to the elements of their ranks.
 struct Patch<'a, E: Elem> {
     target: &'a mut [E::Raw],
-    classes: &'a Classes,
-    changes: &'a Changes,
-    /// The end of each class's changes.
-    ends: [usize; MAX],
-    tile: &'a mut TileMasks,
+    search: Search<'a>,
+    steps: &'a [u64],
     /// Takes each tile when it is done.
     written: &'a mut dyn FnMut(&[u8]),
 }
 
 impl<E: Elem> Kernel for Patch<'_, E> {
-    type Output = bool;
+    type Output = Result<()>;
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) -> bool {
-        let table = self.classes.table();
-        let classes = self.classes.count();
-        let mut at = [0; MAX];
-        at[1..].copy_from_slice(&self.ends[..MAX - 1]);
-        let ends = self.ends;
-        let mut seen = [0u32; MAX];
-        let tile = self.tile;
-        let mut moves = [(0, E::default()); TILE];
-        let mut rest = self.target;
-        while !rest.is_empty() {
-            let (target, behind) = rest.split_at_mut(rest.len().min(TILE));
-            rest = behind;
-            tile.fill::<E, I>(isa, target, self.classes, &table);
-            let mut found = 0;
-            // A part of the next tile comes from memory with each class.
-            let mut ahead = rest[..rest.len().min(TILE)].chunks(TILE / 8);
-            for class in 0..classes {
-                if let Some(ahead) = ahead.next() {
-                    prefetch(E::bytes(ahead));
-                }
-                let (first, count) = (seen[class], tile.count(class));
-                seen[class] += count;
-                let rest = at[class]..ends[class];
-                let changes = self.changes.ranks[rest.clone()].iter().zip(&self.changes.steps[rest]);
-                let before = found;
-                for (rank, step) in changes {
-                    let rank = rank - first;
-                    if rank >= count {
-                        break;
-                    }
-                    let Some(slot) = moves.get_mut(found) else { return false };
-                    *slot = (tile.position(isa, class, rank) as u16, E::narrow(*step));
-                    found += 1;
-                }
-                at[class] += found - before;
-            }
-            // In a loop of its own: the searches above would wait for stores whose places are not known yet.
-            for &(place, step) in &moves[..found] {
+    fn run<I: Isa>(self, isa: I) -> Result<()> {
+        let Self { target, search, steps, written } = self;
+        search.each_tile::<E, I>(isa, target, |target, places| {
+            // In a loop of its own: the searches would wait for stores whose places are not known yet.
+            for &(place, index) in places {
                 // Behind the end of a block's last tile there is nothing to change.
-                let Some(raw) = target.get_mut(usize::from(place)) else { return false };
+                let Some(raw) = target.get_mut(usize::from(place)) else { return Err(behind_the_last()) };
+                let step = steps.get(index as usize).map_or_else(E::default, |&step| E::narrow(step));
                 *raw = E::load(*raw).plus(step).store();
             }
-            (self.written)(E::bytes(target));
-        }
-        at[..classes] == ends[..classes]
+            written(E::bytes(target));
+            Ok(())
+        })
     }
 }

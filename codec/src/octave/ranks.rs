@@ -1,0 +1,280 @@
+//! Where the elements stand that change: their ranks among the elements of a class, as the gaps between them.
+
+use towline_core::{Error, Result};
+
+use super::bits::{BitReader, BitWriter};
+use super::classes::{Census, Classes, MAX};
+use super::elem::Elem;
+use super::golomb::Golomb;
+use super::numbers::{Numbers, best, read_numbers, write_numbers};
+use super::simd::{Instructions, Isa, Kernel, TILE, prefetch};
+use super::tiles::{Survey, TileMasks};
+
+/// The order of the Exp-Golomb codes for the changes of a class.
+const COUNT_ORDER: u32 = 6;
+/// What the order of the first class's divisor is compared with.
+const FIRST_ORDER: u32 = 3;
+/// From octave to octave the chance halves and the gaps double: two orders.
+const OCTAVE: i64 = 2;
+
+/// The changes of a block, class by class.
+#[derive(Debug, Default)]
+pub(super) struct Lists {
+    /// The gap before each change, above its sign bit.
+    gaps: Vec<u32>,
+    /// The end of each class's changes.
+    ends: [usize; MAX],
+    /// The changes of each class by more than 1: which of its changes, and how much more.
+    large: [Vec<(u32, u64)>; MAX],
+}
+
+/// The changes of one class, in order.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct List<'a> {
+    pub(super) gaps: &'a [u32],
+    pub(super) large: &'a [(u32, u64)],
+}
+
+impl Lists {
+    /// Cuts the keys into classes, each of which takes about `header` bits, and ranks the changes that `survey` found
+    /// and `census` counted.
+    pub(super) fn fill(
+        &mut self,
+        level: Instructions,
+        survey: &Survey,
+        mut census: Census,
+        header: f64,
+        tile: &mut TileMasks,
+    ) -> Classes {
+        census.count(&survey.keys[..survey.elements]);
+        let classes = census.classes(header);
+        self.large.iter_mut().for_each(Vec::clear);
+        let mut sum = 0;
+        for (end, stats) in self.ends.iter_mut().zip(census.by_class(&classes)) {
+            sum += stats.changed as usize;
+            *end = sum;
+        }
+        self.gaps.resize(sum.max(self.gaps.len()), 0);
+        level.run(Rank { survey, classes: &classes, lists: self, tile });
+        classes
+    }
+
+    pub(super) fn of(&self, classes: &Classes) -> Vec<List<'_>> {
+        let mut start = 0;
+        let lists = self.ends.iter().zip(&self.large).take(classes.count());
+        lists
+            .map(|(&end, large)| List { gaps: &self.gaps[std::mem::replace(&mut start, end)..end], large })
+            .collect()
+    }
+}
+
+/// Finds the rank of each change within its class.
+struct Rank<'a> {
+    survey: &'a Survey,
+    classes: &'a Classes,
+    lists: &'a mut Lists,
+    tile: &'a mut TileMasks,
+}
+
+impl Kernel for Rank<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Self { survey, classes, lists, tile } = self;
+        let table = classes.table();
+        // The rank behind the last change of each class, counted from the tile's first element of it; wraps.
+        let mut next = [0u32; MAX];
+        let mut starts = [0; MAX];
+        starts[1..].copy_from_slice(&lists.ends[..MAX - 1]);
+        let mut at = starts;
+        let keys = survey.keys[..survey.elements].chunks(TILE);
+        for (keys, (places, steps)) in keys.zip(survey.tiles()) {
+            tile.fill_keys(isa, keys, classes, &table);
+            for (&place, &step) in places.iter().zip(steps) {
+                let place = usize::from(place) % TILE;
+                let Some(&key) = keys.get(place) else { continue };
+                let class = usize::from(table[usize::from(key)]) % MAX;
+                let rank = tile.rank_of(class, place);
+                if let Some(gap) = lists.gaps.get_mut(at[class]) {
+                    *gap = rank.wrapping_sub(next[class]) << 1 | (step & 1) as u32;
+                }
+                if step > 1 {
+                    lists.large[class].push(((at[class] - starts[class]) as u32, step >> 1));
+                }
+                at[class] += 1;
+                next[class] = rank + 1;
+            }
+            for (class, next) in next.iter_mut().enumerate().take(classes.count()) {
+                *next = next.wrapping_sub(tile.count(class));
+            }
+        }
+    }
+}
+
+impl<'a> List<'a> {
+    /// The gap before each change.
+    #[inline(always)]
+    fn waits(self) -> impl Iterator<Item = u64> + Clone + use<'a> {
+        self.gaps.iter().map(|gap| u64::from(gap >> 1))
+    }
+
+    /// Those above 0, with their index.
+    #[inline(always)]
+    fn waits_above(self) -> impl Iterator<Item = (u32, u64)> + Clone + use<'a> {
+        (0..).zip(self.waits()).filter(|(_, gap)| *gap > 0)
+    }
+
+    /// How the gaps are best written.
+    #[inline(always)]
+    pub(super) fn best_gaps(self) -> Numbers {
+        best(self.gaps.len(), &self.waits(), self.waits_above()).0
+    }
+
+    #[inline(always)]
+    pub(super) fn write_gaps(self, form: Numbers, bits: &mut BitWriter<'_>) {
+        write_numbers(form, self.waits(), self.waits_above(), bits);
+    }
+}
+
+/// How many elements of each class change and how their gaps are written, class after class: one is compared with the
+/// one before it.
+#[derive(Debug)]
+pub(super) struct GapForms {
+    /// The order of the last divisor.
+    last: u32,
+}
+
+impl GapForms {
+    pub(super) fn new() -> Self {
+        Self { last: FIRST_ORDER }
+    }
+
+    pub(super) fn write(&mut self, count: usize, gaps: Numbers, bits: &mut BitWriter<'_>) {
+        bits.exp_golomb(count as u64, COUNT_ORDER);
+        match gaps {
+            _ if count == 0 => {}
+            Numbers::Each(divisor) => {
+                bits.put(0, 1);
+                bits.exp_golomb(zigzag(i64::from(divisor.order()) - i64::from(self.last) - OCTAVE), 0);
+                self.last = divisor.order();
+            }
+            Numbers::Zero | Numbers::Listed { .. } | Numbers::Fixed { .. } | Numbers::Coded { .. } => {
+                bits.put(1, 1);
+                gaps.write(bits, false);
+            }
+        }
+    }
+
+    /// Reads what was written for a class; `left` is how many elements may still change.
+    pub(super) fn read(&mut self, bits: &mut BitReader<'_>, left: &mut usize) -> Result<(usize, Numbers)> {
+        let count = bits.exp_golomb(COUNT_ORDER)?;
+        let changes = usize::try_from(count).unwrap_or(usize::MAX);
+        *left =
+            left.checked_sub(changes).ok_or_else(|| Error::corrupt("more elements change than there are"))?;
+        if changes == 0 {
+            return Ok((0, Numbers::Zero));
+        }
+        if bits.take(1) == 1 {
+            return Ok((changes, Numbers::read(bits, false, count)?));
+        }
+        let order = i64::from(self.last) + OCTAVE + unzigzag(bits.exp_golomb(0)?.min(1 << 20));
+        let divisor = Golomb::new(order.cast_unsigned())?;
+        self.last = divisor.order();
+        Ok((changes, Numbers::Each(divisor)))
+    }
+}
+
+fn zigzag(number: i64) -> u64 {
+    ((number << 1) ^ (number >> 63)).cast_unsigned()
+}
+
+fn unzigzag(number: u64) -> i64 {
+    (number >> 1).cast_signed() ^ (number & 1).wrapping_neg().cast_signed()
+}
+
+/// Reads the gaps of `count` changes of a class and appends their ranks to `ranks`.
+#[inline(always)]
+pub(super) fn read_ranks(
+    form: Numbers,
+    bits: &mut BitReader<'_>,
+    count: usize,
+    elements: usize,
+    ranks: &mut Vec<u32>,
+) -> Result<()> {
+    let mut next = 0;
+    read_numbers(form, bits, count, &mut [].iter(), |_, gap| {
+        // Neither wraps: what is not below the number of elements ends the loop.
+        let rank = u64::saturating_add(next, gap);
+        if rank >= elements as u64 {
+            return Err(Error::corrupt(format!("a change has rank {rank} of {elements} elements")));
+        }
+        next = rank + 1;
+        ranks.push(rank as u32);
+        Ok(())
+    })
+}
+
+/// Finds the elements of the ranks again, tile by tile.
+pub(super) struct Search<'a> {
+    pub(super) classes: &'a Classes,
+    pub(super) ranks: &'a [u32],
+    /// The end of each class's ranks.
+    pub(super) ends: [usize; MAX],
+    pub(super) tile: &'a mut TileMasks,
+}
+
+impl Search<'_> {
+    /// Calls `found` for each tile of `target` with it and its places: each with the index of its rank, class by class.
+    /// Returns whether all ranks were found.
+    #[inline(always)]
+    pub(super) fn each_tile<E: Elem, I: Isa>(
+        self,
+        isa: I,
+        target: &mut [E::Raw],
+        mut found: impl FnMut(&mut [E::Raw], &[(u16, u32)]) -> Result<()>,
+    ) -> Result<()> {
+        let table = self.classes.table();
+        let classes = self.classes.count();
+        let mut at = [0; MAX];
+        at[1..].copy_from_slice(&self.ends[..MAX - 1]);
+        let mut seen = [0u32; MAX];
+        let mut places = [(0, 0); TILE];
+        let mut rest = target;
+        while !rest.is_empty() {
+            let (target, behind) = rest.split_at_mut(rest.len().min(TILE));
+            rest = behind;
+            self.tile.fill::<E, I>(isa, target, self.classes, &table);
+            let mut count = 0;
+            // A part of the next tile comes from memory with each class.
+            let mut ahead = rest[..rest.len().min(TILE)].chunks(TILE / 8);
+            for class in 0..classes {
+                if let Some(ahead) = ahead.next() {
+                    prefetch(E::bytes(ahead));
+                }
+                let (first, members) = (seen[class], self.tile.count(class));
+                seen[class] += members;
+                let rest = at[class]..self.ends[class];
+                let before = count;
+                for (index, rank) in (at[class] as u32..).zip(&self.ranks[rest]) {
+                    let rank = rank - first;
+                    if rank >= members {
+                        break;
+                    }
+                    let Some(place) = places.get_mut(count) else { return Err(behind_the_last()) };
+                    *place = (self.tile.position(isa, class, rank) as u16, index);
+                    count += 1;
+                }
+                at[class] += count - before;
+            }
+            found(target, &places[..count])?;
+        }
+        if at[..classes] == self.ends[..classes] { Ok(()) } else { Err(behind_the_last()) }
+    }
+}
+
+#[cold]
+pub(super) fn behind_the_last() -> Error {
+    Error::corrupt("a change lies behind the last element of its class")
+        .with_help("check that the parent is the one that the delta was made from")
+}
