@@ -72,7 +72,7 @@ fn all_instructions_write_the_same_and_read_what_the_others_wrote() {
     let seen = seen.into_inner().unwrap();
     for width in [8, 16, 32, 64] {
         for long in [false, true] {
-            for (mode, form) in [("Base", 3), ("Delta", 2)] {
+            for (mode, form) in [("Base", 3), ("Delta", 2), ("Delta", 4)] {
                 assert!(seen.contains(&(mode.to_owned(), form, width, long)), "{mode} {form} {width} {long}");
             }
         }
@@ -405,8 +405,38 @@ fn golden_blocks() -> Vec<Block> {
         });
         add("special", 300, 1, &mut |mix, _, _| mix.below(3));
         add("integers", 4500, 2, &mut |mix, _, _| mix.below(2));
+        // At most one element in 160: steps that are learned.
+        add("rare", 60_000, 0, &mut |mix, _, old| {
+            let key = old << 1 >> (width - 8) & 0xff;
+            match mix.below(1 << (key.abs_diff(120) % 4 + 8)) {
+                0 => sign(1 + mix.next() % (1 << (key % 7)), mix),
+                1 if mix.below(8) == 0 => 1 << (width - 1),
+                _ => 0,
+            }
+        });
+        blocks.push(by_column(dtype, &mut mix));
     }
     blocks
+}
+
+/// A matrix of 24 columns: of each, nearly all elements that change move the same way.
+fn by_column(dtype: DType, mix: &mut Mix) -> Block {
+    let width = width(dtype);
+    let old: Vec<u64> = (0..2000 * 24).map(|_| element(mix, width, 0)).collect();
+    let new: Vec<u64> = (0..)
+        .zip(&old)
+        .map(|(at, &old)| {
+            let (up, negative) = (at % 24 % 2 == 0, old >> (width - 1) == 1);
+            match mix.below(200) {
+                0 if up != negative => old.wrapping_add(1 + mix.below(3)),
+                0 => old.wrapping_sub(1 + mix.below(3)),
+                _ => old,
+            }
+        })
+        .map(|new| new & (u64::MAX >> (64 - width)))
+        .collect();
+    let block = Block::new("by column", dtype, &old, &new);
+    Block { meta: TensorMeta::new(format!("by column.{dtype}"), dtype, [2000, 24]).unwrap(), ..block }
 }
 
 /// The frames of the blocks above, by digest. `TOWLINE_BLESS=1` records them anew: readers of old files then need
@@ -437,7 +467,9 @@ fn frames_are_frozen() {
         "1 states",
         "4 states",
         "32 states",
+        "across zero",
         "base far",
+        "columns",
         "dense shift none",
         "dense shift some",
         "gaps each",
@@ -453,9 +485,15 @@ fn frames_are_frozen() {
     let missing: Vec<_> = wanted.iter().filter(|part| !used.contains(**part)).collect();
     assert!(missing.is_empty(), "no block has {missing:?}, only {used:?}");
     for width in [8, 16, 32, 64] {
-        for part in
-            ["form 0 Delta", "form 1 Delta", "form 1 Base", "form 2 Delta", "form 3 Delta", "form 3 Base"]
-        {
+        for part in [
+            "form 0 Delta",
+            "form 1 Delta",
+            "form 1 Base",
+            "form 2 Delta",
+            "form 3 Delta",
+            "form 4 Delta",
+            "form 3 Base",
+        ] {
             assert!(used.contains(&format!("{part} {width}")), "no block of {width} bits has {part}");
         }
     }

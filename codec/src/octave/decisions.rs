@@ -45,7 +45,8 @@ impl Chance {
         let seen = if self.seen == NEVER { 0 } else { usize::from(self.seen).min(MOST_SEEN) };
         let old = u32::from(self.yes);
         // At most 2^16 × 43691: no overflow.
-        let new = if yes { old + (((1 << 16) - old) * RATES[seen] >> 16) } else { old - (old * RATES[seen] >> 16) };
+        let part = |of: u32| (of * RATES[seen]) >> 16;
+        let new = if yes { old + part((1 << 16) - old) } else { old - part(old) };
         self.yes = new.clamp(LEAST, (1 << 16) - LEAST) as u16;
         self.seen = (seen + 1).min(MOST_SEEN) as u16;
     }
@@ -93,13 +94,13 @@ pub(super) struct Encoder {
     range: u64,
 }
 
-impl Encoder {
-    /// Takes a buffer to work in.
-    pub(super) fn new(mut out: Vec<u8>) -> Self {
-        out.clear();
-        Self { out, low: 0, range: u64::MAX }
+impl Default for Encoder {
+    fn default() -> Self {
+        Self { out: Vec::new(), low: 0, range: u64::MAX }
     }
+}
 
+impl Encoder {
     #[cold]
     fn carry(&mut self) {
         for byte in self.out.iter_mut().rev() {
@@ -115,7 +116,8 @@ impl Encoder {
         let last = u128::from(self.low) + u128::from(self.range - 1);
         // The fewest bytes that begin a number between the two.
         let shortest = (0..64).step_by(8).rev().map(|zeros| last >> zeros << zeros);
-        let end = shortest.filter(|&end| end >= u128::from(self.low)).min_by_key(|end| 128 - end.trailing_zeros());
+        let end =
+            shortest.filter(|&end| end >= u128::from(self.low)).min_by_key(|end| 128 - end.trailing_zeros());
         let end = end.unwrap_or(last);
         if end >> 64 != 0 {
             self.carry();
@@ -216,11 +218,12 @@ mod tests {
             for length in [0, 1, 2, 9, 100, 20_000] {
                 let mut state = seed;
                 let mut next = move || {
-                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    state =
+                        state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                     state >> 33
                 };
                 let decisions: Vec<bool> = (0..length).map(|_| next() % one_in == 0).collect();
-                let mut encoder = Encoder::new(vec![7]);
+                let mut encoder = Encoder::default();
                 let mut chance = Chance::new(20_000);
                 for (at, &yes) in decisions.iter().enumerate() {
                     if at % 5 == 0 {
@@ -234,7 +237,8 @@ mod tests {
                 let mut chance = Chance::new(20_000);
                 for (at, &yes) in decisions.iter().enumerate() {
                     // A decoder must not look.
-                    let read = if at % 5 == 0 { decoder.toss(!yes) } else { decoder.decide(&mut chance, !yes) };
+                    let read =
+                        if at % 5 == 0 { decoder.toss(!yes) } else { decoder.decide(&mut chance, !yes) };
                     assert_eq!(read, yes, "{seed} {length} {at}");
                 }
                 decoder.finish().unwrap();

@@ -41,9 +41,11 @@ pub(super) struct Layout {
 
 impl Layout {
     pub(super) fn of<E: Elem>(unit: &UnitMeta<'_>) -> Self {
+        const THREE: [DType; 3] = [DType::F16, DType::F8E5M2, DType::F8E5M2FNUZ];
+        const FOUR: [DType; 2] = [DType::F8E4M3, DType::F8E4M3FNUZ];
         let shift = match unit.dtype {
-            DType::F16 | DType::F8E5M2 | DType::F8E5M2FNUZ => 3,
-            DType::F8E4M3 | DType::F8E4M3FNUZ => 4,
+            dtype if THREE.contains(&dtype) => 3,
+            dtype if FOUR.contains(&dtype) => 4,
             _ => 0,
         };
         let columns = match unit.shape {
@@ -54,10 +56,9 @@ impl Layout {
         Self { shift, columns, first }
     }
 
-    /// The column of each element of a tile that begins with element `start`.
-    #[inline(always)]
-    fn column(self, element: usize) -> usize {
-        (self.first + element).checked_rem(self.columns).unwrap_or(0)
+    fn columns(self) -> Columns {
+        let columns = self.columns.max(1) as u64;
+        Columns { columns, inverse: (1u64 << 42).div_ceil(columns), first: self.first as u64 }
     }
 
     fn write(self, bits: &mut BitWriter<'_>) {
@@ -69,16 +70,34 @@ impl Layout {
         }
     }
 
-    fn read(bits: &mut BitReader<'_>, elements: usize) -> Result<Self> {
+    fn read(bits: &mut BitReader<'_>) -> Result<Self> {
         let shift = bits.take(3) as u32;
         if bits.take(1) == 0 {
             return Ok(Self { shift, columns: 0, first: 0 });
         }
         let [columns, first] = [bits.exp_golomb(COLUMN_ORDER)?, bits.exp_golomb(COLUMN_ORDER)?];
-        if columns == 0 || columns > elements as u64 || first >= columns {
-            return Err(Error::corrupt(format!("column {first} of {columns} in {elements} elements")));
+        if columns > MOST_COLUMNS as u64 || first >= columns {
+            return Err(Error::corrupt(format!("column {first} of {columns}, at most {MOST_COLUMNS}")));
         }
         Ok(Self { shift, columns: columns as usize, first: first as usize })
+    }
+}
+
+/// Finds columns without a division.
+#[derive(Debug, Clone, Copy)]
+struct Columns {
+    columns: u64,
+    /// 2^42 divided by it, rounded up. Quotients are exact: elements and columns multiply to less than 2^42.
+    inverse: u64,
+    first: u64,
+}
+
+impl Columns {
+    /// The column of an element of a block.
+    #[inline(always)]
+    fn of(self, element: usize) -> usize {
+        let at = self.first + element as u64;
+        (at - ((at * self.inverse) >> 42) * self.columns) as usize
     }
 }
 
@@ -156,12 +175,12 @@ impl Model {
     }
 }
 
-/// Appends the body of a block with the changes that `survey` found and `census` counted.
+/// Appends the body of a block of elements of `bits` bits with the changes that `survey` found and `census` counted.
 #[inline(never)]
-pub(super) fn encode<E: Elem>(
+pub(super) fn encode(
     level: Instructions,
+    bits: u32,
     layout: Layout,
-    old: &[E::Raw],
     survey: &Survey,
     census: Census,
     scratch: &mut sparse::Scratch,
@@ -169,65 +188,56 @@ pub(super) fn encode<E: Elem>(
 ) {
     let sparse::Scratch { lists, tile, .. } = scratch;
     let classes = lists.fill(level, survey, census, CLASS_BITS, tile);
-    let layout = skewed::<E>(layout, old, survey);
-    let steps = encode_steps::<E>(layout, old, survey);
-    let mut bits = BitWriter::new(out);
-    classes.write(&mut bits);
-    layout.write(&mut bits);
-    bits.exp_golomb(steps.len() as u64, LENGTH_ORDER);
+    let lists = lists.of(&classes);
+    let layout = skewed(layout, survey, lists.iter().map(|list| list.gaps.len()).sum());
+    let steps = encode_steps(bits, layout, survey);
+    let mut head = BitWriter::new(out);
+    classes.write(&mut head);
+    layout.write(&mut head);
+    head.exp_golomb(steps.len() as u64, LENGTH_ORDER);
     let mut forms = GapForms::new();
-    let lists: Vec<_> = lists.of(&classes).into_iter().map(|list| (list, list.best_gaps())).collect();
+    let lists: Vec<_> = lists.into_iter().map(|list| (list, list.best_gaps())).collect();
     for (list, gaps) in &lists {
-        forms.write(list.gaps.len(), *gaps, &mut bits);
+        forms.write(list.gaps.len(), *gaps, &mut head);
     }
     for (list, gaps) in lists {
-        list.write_gaps(gaps, &mut bits);
+        list.write_gaps(gaps, &mut head);
     }
-    bits.finish();
+    head.finish();
     out.extend_from_slice(&steps);
 }
 
-/// Each element that changes, in order: its place in the block, and its step as a survey has it.
-fn changes<'a>(survey: &'a Survey) -> impl Iterator<Item = (usize, u64)> + use<'a> {
-    let tiles = (0..).step_by(TILE).zip(survey.tiles());
-    tiles.flat_map(|(start, (places, steps))| {
-        places.iter().zip(steps).map(move |(&place, &step)| (start + usize::from(place), step))
-    })
-}
-
-/// Whether an element that was `old` moves up, if its bits go down or not.
-fn moves_up<E: Elem>(old: E, down: bool) -> bool {
-    old.is_negative() == down
+/// Whether an element that was negative or not moves up, if its bits go down or not.
+#[inline(always)]
+fn moves_up(negative: bool, down: bool) -> bool {
+    negative == down
 }
 
 /// The layout with columns if directions depend on them, otherwise without.
-fn skewed<E: Elem>(layout: Layout, old: &[E::Raw], survey: &Survey) -> Layout {
+fn skewed(layout: Layout, survey: &Survey, count: usize) -> Layout {
     let without = Layout { columns: 0, first: 0, ..layout };
-    let count = changes(survey).count();
-    if layout.columns < 2
-        || layout.columns > MOST_COLUMNS.min(old.len())
-        || count < LEAST_A_COLUMN * layout.columns
-    {
+    if !(2..=MOST_COLUMNS).contains(&layout.columns) || count < LEAST_A_COLUMN * layout.columns {
         return without;
     }
+    let columns = layout.columns();
     let mut sums = vec![0i64; layout.columns];
-    for (at, step) in changes(survey) {
-        let up = old.get(at).is_some_and(|&raw| moves_up(E::load(raw), step & 1 == 1));
-        sums[layout.column(at)] += if up { 1 } else { -1 };
+    for (at, old, step) in survey.changes() {
+        let up = moves_up(old & 1 == 1, step & 1 == 1);
+        if let Some(sum) = sums.get_mut(columns.of(at)) {
+            *sum += if up { 1 } else { -1 };
+        }
     }
     let squares: u64 = sums.iter().map(|sum| sum.unsigned_abs().pow(2)).sum();
     if squares < LEAST_SKEW * count as u64 { without } else { layout }
 }
 
-fn encode_steps<E: Elem>(layout: Layout, old: &[E::Raw], survey: &Survey) -> Vec<u8> {
-    let mut model = Model::new(layout.columns);
-    let mut coder = Encoder::new(Vec::new());
-    for (at, step) in changes(survey) {
-        let Some(&raw) = old.get(at) else { continue };
-        let old = E::load(raw);
-        let octave = usize::from(old.key() >> layout.shift);
-        let known = ((step >> 1).wrapping_add(1), moves_up(old, step & 1 == 1));
-        model.step(&mut coder, octave, layout.column(at), E::BITS, known);
+fn encode_steps(bits: u32, layout: Layout, survey: &Survey) -> Vec<u8> {
+    let (mut model, columns) = (Model::new(layout.columns), layout.columns());
+    let mut coder = Encoder::default();
+    for (at, old, step) in survey.changes() {
+        let octave = usize::from(old >> 1 >> layout.shift);
+        let known = ((step >> 1).wrapping_add(1), moves_up(old & 1 == 1, step & 1 == 1));
+        model.step(&mut coder, octave, columns.of(at), bits, known);
     }
     coder.finish()
 }
@@ -245,7 +255,7 @@ struct Header {
 impl Header {
     fn read(bits: &mut BitReader<'_>, elements: usize) -> Result<Self> {
         let classes = Classes::read(bits)?;
-        let layout = Layout::read(bits, elements)?;
+        let layout = Layout::read(bits)?;
         let length = bits.exp_golomb(LENGTH_ORDER)?;
         let (mut forms, mut left) = (GapForms::new(), elements);
         let gaps = (0..classes.count()).map(|_| forms.read(bits, &mut left)).collect::<Result<_>>()?;
@@ -301,7 +311,7 @@ impl<E: Elem> Kernel for Patch<'_, E> {
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) -> Result<()> {
         let Self { target, search, layout, mut steps, written } = self;
-        let mut model = Model::new(layout.columns);
+        let (mut model, columns) = (Model::new(layout.columns), layout.columns());
         let mut start = 0;
         search.each_tile::<E, I>(isa, target, |target, places| {
             // The steps stand in the order of the elements, not of the classes.
@@ -317,10 +327,15 @@ impl<E: Elem> Kernel for Patch<'_, E> {
                     let Some(raw) = target.get_mut(place) else { return Err(behind_the_last()) };
                     let old = E::load(*raw);
                     let octave = usize::from(old.key() >> layout.shift);
-                    let column = layout.column(start + place);
+                    let column = columns.of(start + place);
                     let (magnitude, up) = model.step(&mut steps, octave, column, E::BITS, (1, false));
                     let step = E::narrow(magnitude);
-                    *raw = if moves_up(old, false) == up { old.plus(step) } else { old.minus(step) }.store();
+                    *raw = if moves_up(old.is_negative(), false) == up {
+                        old.plus(step)
+                    } else {
+                        old.minus(step)
+                    }
+                    .store();
                 }
             }
             start += TILE;
@@ -328,5 +343,66 @@ impl<E: Elem> Kernel for Patch<'_, E> {
             Ok(())
         })?;
         steps.finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A body of one class in which nothing changes, with what `layout` writes and so many bytes of steps.
+    fn body(layout: impl FnOnce(&mut BitWriter<'_>), length: u64, steps: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        let mut bits = BitWriter::new(&mut out);
+        bits.put(0, 4);
+        layout(&mut bits);
+        bits.exp_golomb(length, LENGTH_ORDER);
+        bits.exp_golomb(0, 6);
+        bits.finish();
+        [out, steps.to_vec()].concat()
+    }
+
+    fn columns(columns: u64, first: u64) -> impl FnOnce(&mut BitWriter<'_>) {
+        move |bits| {
+            bits.put(0b1000, 4);
+            bits.exp_golomb(columns, COLUMN_ORDER);
+            bits.exp_golomb(first, COLUMN_ORDER);
+        }
+    }
+
+    #[test]
+    fn headers_out_of_bounds_are_refused() {
+        let apply = |body: &[u8]| {
+            let mut target = [[1, 2]; 300];
+            let scratch = &mut sparse::Scratch::default();
+            let applied = decode::<u16>(Instructions::default(), body, &mut target, scratch, &mut |_| {});
+            assert_eq!(target, [[1, 2]; 300]);
+            applied.map_err(|error| error.message().to_owned())
+        };
+        let most = MOST_COLUMNS as u64;
+        assert_eq!(apply(&body(columns(most, most - 1), 0, &[])), Ok(()));
+        for (columns_, first) in [(0, 0), (most + 1, 0), (u64::MAX, 3), (7, 7), (7, u64::MAX)] {
+            let error = apply(&body(columns(columns_, first), 0, &[])).unwrap_err();
+            assert_eq!(error, format!("column {first} of {columns_}, at most {MOST_COLUMNS}"));
+        }
+        // Nothing is decided, and still the first 8 bytes are read.
+        assert_eq!(apply(&body(|bits| bits.put(0, 4), 8, &[9; 8])), Ok(()));
+        assert_eq!(apply(&body(|bits| bits.put(0, 4), 9, &[9; 9])), Err("1 bytes behind its end".to_owned()));
+        for (length, found) in [(0, 1), (2, 1), (u64::MAX, 4)] {
+            let error = apply(&body(|bits| bits.put(0, 4), length, &vec![9; found])).unwrap_err();
+            assert_eq!(error, format!("wanted {length} bytes of steps, found {found}"));
+        }
+    }
+
+    #[test]
+    fn columns_are_found_without_division() {
+        for columns in [1, 2, 3, 7, 576, 1 << 13, MOST_COLUMNS - 1, MOST_COLUMNS] {
+            for first in [0, columns / 2, columns - 1] {
+                let of = Layout { shift: 0, columns, first }.columns();
+                for element in (0..1 << 21).step_by(997).chain([(1 << 21) - 1]) {
+                    assert_eq!(of.of(element), (first + element) % columns, "{columns} {first} {element}");
+                }
+            }
+        }
     }
 }

@@ -93,6 +93,8 @@ pub(super) struct Survey {
     places: Vec<u16>,
     /// How the element at each place changes: its magnitude less 1, above its sign.
     steps: Vec<u64>,
+    /// The key of the old element at each place, above its sign.
+    olds: Vec<u16>,
     /// Where the changes of each tile end.
     ends: Vec<usize>,
 }
@@ -116,7 +118,20 @@ impl Survey {
         let room = most.min(old.len()) + TILE + 64;
         self.places.resize(room.max(self.places.len()), 0);
         self.steps.resize(room.max(self.steps.len()), 0);
+        self.olds.resize(room.max(self.olds.len()), 0);
         level.run(Find::<E> { old, new, most, survey: self, census, read })
+    }
+
+    /// Each element that changes, in order: its place in the block, its old key and sign, and its step.
+    #[inline(always)]
+    pub(super) fn changes(&self) -> impl Iterator<Item = (usize, u16, u64)> {
+        let mut start = 0;
+        (0..).step_by(TILE).zip(&self.ends).flat_map(move |(first, &end)| {
+            let range = std::mem::replace(&mut start, end)..end;
+            let changes =
+                self.places[range.clone()].iter().zip(&self.olds[range.clone()]).zip(&self.steps[range]);
+            changes.map(move |((&place, &old), &step)| (first + usize::from(place), old, step))
+        })
     }
 
     /// The places and steps of each tile.
@@ -144,7 +159,7 @@ impl<E: Elem> Kernel for Find<'_, E> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) -> Option<usize> {
-        let Survey { keys, places, steps, ends, .. } = self.survey;
+        let Survey { keys, places, steps, olds, ends, .. } = self.survey;
         let (mut found, mut done) = (0, 0);
         let tiles = self.old.chunks(TILE).zip(self.new.chunks(TILE)).zip(keys.chunks_mut(TILE));
         for ((old, new), keys) in tiles {
@@ -165,12 +180,14 @@ impl<E: Elem> Kernel for Find<'_, E> {
                     found += isa.places(mask, word * 64, places);
                 }
             }
-            for (&place, step) in places[first..found].iter().zip(&mut steps[first..found]) {
+            let changes = steps[first..found].iter_mut().zip(&mut olds[first..found]);
+            for (&place, (step, old_key)) in places[first..found].iter().zip(changes) {
                 let place = usize::from(place) % TILE;
                 let (from, to) = (E::load(old[place]), E::load(new[place]));
                 let change = to.minus(from);
                 let more = change.magnitude().wide().wrapping_sub(1);
                 *step = more << 1 | u64::from(change.is_negative());
+                *old_key = u16::from(from.key()) << 1 | u16::from(from.is_negative());
                 self.census.change(from.key(), more.wrapping_add(1), 1);
             }
             if found > self.most {

@@ -32,6 +32,7 @@ pub(crate) fn decode(width: u32, mode: Mode, frame: &[u8], target: &mut [u8]) ->
             return Ok(used);
         }
         (2, Mode::Delta) => sparse(width, body, &mut elements, &mut used)?,
+        (4, Mode::Delta) => learned(width, body, &mut elements, &mut used)?,
         (3, Mode::Delta) => dense(width, body, &mut elements, &mut used)?,
         (3, Mode::Base) => base(width, body, &mut elements, &mut used)?,
         _ => return Err(format!("form {form} in {mode:?}")),
@@ -274,6 +275,23 @@ impl Numbers {
     }
 }
 
+/// The changes of a class and the form of their gaps; `last` is the order of the last divisor.
+fn gap_plan(bits: &mut Bits<'_>, last: &mut i64, used: &mut Used) -> Result<(usize, Numbers)> {
+    let changes = bits.exp_golomb(6)? as usize;
+    if changes == 0 {
+        return Ok((0, Numbers::Zero));
+    }
+    let gaps = if bits.take(1)? == 0 {
+        let number = bits.exp_golomb(0)?.cast_signed();
+        *last += 2 + if number % 2 == 0 { number / 2 } else { -(number + 1) / 2 };
+        Numbers::Each(u64::try_from(*last).map_err(|_| "an order")?)
+    } else {
+        Numbers::read(bits, false)?
+    };
+    used.insert(format!("gaps {}", gaps.name()));
+    Ok((changes, gaps))
+}
+
 fn sparse(width: u32, body: &[u8], elements: &mut [u64], used: &mut Used) -> Result<()> {
     let mut bits = Bits::new(body);
     let (count, of_key) = classes(&mut bits)?;
@@ -281,20 +299,12 @@ fn sparse(width: u32, body: &[u8], elements: &mut [u64], used: &mut Used) -> Res
     let mut last = 3i64;
     let (mut plans, mut tables, mut lanes) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..count {
-        let changes = bits.exp_golomb(6)? as usize;
+        let (changes, gaps) = gap_plan(&mut bits, &mut last, used)?;
         if changes == 0 {
             plans.push((0, Numbers::Zero, Numbers::Zero));
             continue;
         }
-        let gaps = if bits.take(1)? == 0 {
-            let number = bits.exp_golomb(0)?.cast_signed();
-            last += 2 + if number % 2 == 0 { number / 2 } else { -(number + 1) / 2 };
-            Numbers::Each(u64::try_from(last).map_err(|_| "an order")?)
-        } else {
-            Numbers::read(&mut bits, false)?
-        };
         let more = Numbers::read(&mut bits, coded)?;
-        used.insert(format!("gaps {}", gaps.name()));
         used.insert(format!("magnitudes {}", more.name()));
         if let Numbers::Coded(_) = more {
             lanes.extend(std::iter::repeat_n(tables.len(), changes));
@@ -324,6 +334,131 @@ fn sparse(width: u32, body: &[u8], elements: &mut [u64], used: &mut Used) -> Res
         }
     }
     bits.finish()
+}
+
+/// A chance and how often it has been learned.
+type Chance = (u32, u32);
+
+struct Decisions<'a> {
+    bytes: &'a [u8],
+    at: usize,
+    code: u64,
+    range: u64,
+}
+
+impl<'a> Decisions<'a> {
+    fn new(bytes: &'a [u8]) -> Self {
+        let mut decisions = Self { bytes, at: 0, code: 0, range: u64::MAX };
+        decisions.code = decisions.four() << 32;
+        decisions.code |= decisions.four();
+        decisions
+    }
+
+    fn four(&mut self) -> u64 {
+        self.at += 4;
+        (self.at - 4..self.at).fold(0, |four, at| four << 8 | u64::from(*self.bytes.get(at).unwrap_or(&0)))
+    }
+
+    fn with(&mut self, chance: u32) -> bool {
+        let bound = (self.range >> 16) * u64::from(chance);
+        let yes = self.code < bound;
+        self.range = if yes { bound } else { self.range - bound };
+        self.code -= if yes { 0 } else { bound };
+        if self.range < 1 << 32 {
+            self.range <<= 32;
+            self.code = self.code << 32 | self.four();
+        }
+        yes
+    }
+
+    fn decide(&mut self, chance: &mut Chance) -> bool {
+        let yes = self.with(chance.0);
+        let rate = 131_072 / (2 * chance.1.min(128) + 3);
+        let to = if yes {
+            chance.0 + (((65536 - chance.0) * rate) >> 16)
+        } else {
+            chance.0 - ((chance.0 * rate) >> 16)
+        };
+        *chance = (to.clamp(32, 65504), chance.1 + 1);
+        yes
+    }
+
+    /// Decides with a chance of a row of neighbours.
+    fn decide_near(&mut self, chances: &mut [Chance], at: usize) -> bool {
+        if chances[at].1 == 0 {
+            let before = at.checked_sub(1).map(|at| chances[at]).filter(|chance| chance.1 > 0);
+            let behind = chances.get(at + 1).copied().filter(|chance| chance.1 > 0);
+            if let Some((chance, _)) = before.or(behind) {
+                chances[at] = (chance, 1);
+            }
+        }
+        self.decide(&mut chances[at])
+    }
+}
+
+fn learned(width: u32, body: &[u8], elements: &mut [u64], used: &mut Used) -> Result<()> {
+    let mut bits = Bits::new(body);
+    let (count, of_key) = classes(&mut bits)?;
+    let shift = bits.take(3)?;
+    let (mut columns, mut first) = (0, 0);
+    if bits.take(1)? == 1 {
+        columns = bits.exp_golomb(8)? as usize;
+        first = bits.exp_golomb(8)? as usize;
+        if columns > 16384 || first >= columns {
+            return Err("a column".into());
+        }
+        used.insert("columns".into());
+    }
+    let length = bits.exp_golomb(7)?;
+    let mut last = 3;
+    let plans: Vec<_> = (0..count).map(|_| gap_plan(&mut bits, &mut last, used)).collect::<Result<_>>()?;
+    let mut changes = BTreeSet::new();
+    for (class, (count, gaps)) in plans.into_iter().enumerate() {
+        let mut members = (0..elements.len()).filter(|&at| of_key[key(width, elements[at])] == class);
+        for gap in gaps.values(&mut bits, count, &mut std::iter::empty())? {
+            changes.insert(members.nth(gap as usize).ok_or("a rank")?);
+        }
+    }
+    let steps = bits.rest()?;
+    if steps.len() as u64 != length {
+        return Err("the length of the steps".into());
+    }
+    let mut steps = Decisions::new(steps);
+    let (mut more, mut far) = (vec![(8192, 0); 256], (2048, 0));
+    let mut higher = vec![(32768, 0); 320];
+    let (mut second, mut third) = (vec![(32768, 1); 320], vec![[(32768, 1); 2]; 320]);
+    let mut ups = vec![(32768, 1); columns];
+    for at in changes {
+        let octave = key(width, elements[at]) >> shift;
+        let up = match columns {
+            0 => steps.with(32768),
+            _ => steps.decide(&mut ups[(first + at) % columns]),
+        };
+        let mut magnitude = 1u64;
+        if steps.decide_near(&mut more, octave) {
+            let crosses = steps.decide(&mut far);
+            let mut length = if crosses { 0 } else { 1 };
+            while length < width as usize - 2 && steps.decide_near(&mut higher, octave + length) {
+                length += 1;
+            }
+            for bit in 1..=length {
+                let set = match bit {
+                    1 => steps.decide(&mut second[octave + length]),
+                    2 => steps.decide(&mut third[octave + length][magnitude as usize & 1]),
+                    _ => steps.with(32768),
+                };
+                magnitude = magnitude << 1 | u64::from(set);
+            }
+            if crosses {
+                used.insert("across zero".into());
+                magnitude = (1 << (width - 1)) + 1 - magnitude;
+            }
+        }
+        let negative = elements[at] >> (width - 1) == 1;
+        let step = if up == negative { magnitude.wrapping_neg() } else { magnitude };
+        elements[at] = elements[at].wrapping_add(step) & mask(width);
+    }
+    if steps.at < steps.bytes.len() { Err("bytes behind the steps".into()) } else { Ok(()) }
 }
 
 fn dense(width: u32, body: &[u8], elements: &mut [u64], used: &mut Used) -> Result<()> {
