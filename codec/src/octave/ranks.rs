@@ -46,7 +46,7 @@ impl Lists {
         header: f64,
         tile: &mut TileMasks,
     ) -> Classes {
-        census.count(&survey.keys[..survey.elements]);
+        census.count(survey.keys());
         let classes = census.classes(header);
         self.large.iter_mut().for_each(Vec::clear);
         let mut sum = 0;
@@ -88,7 +88,7 @@ impl Kernel for Rank<'_> {
         let mut starts = [0; MAX];
         starts[1..].copy_from_slice(&lists.ends[..MAX - 1]);
         let mut at = starts;
-        let keys = survey.keys[..survey.elements].chunks(TILE);
+        let keys = survey.keys().chunks(TILE);
         for (keys, (places, steps)) in keys.zip(survey.tiles()) {
             tile.fill_keys(isa, keys, classes, &table);
             for (&place, &step) in places.iter().zip(steps) {

@@ -86,9 +86,9 @@ impl TileMasks {
 /// What one pass over a block's old and new elements finds.
 #[derive(Debug, Default)]
 pub(super) struct Survey {
-    /// The key of each old element, and zeros up to a whole word.
-    pub(super) keys: Vec<u8>,
-    pub(super) elements: usize,
+    /// The key of each old element, and anything behind them.
+    keys: Vec<u8>,
+    elements: usize,
     /// The places within their tiles of the elements that differ; one word more is writable.
     places: Vec<u16>,
     /// How the element at each place changes: its magnitude less 1, above its sign.
@@ -111,7 +111,8 @@ impl Survey {
         census: &mut Census,
         read: &mut dyn FnMut(usize),
     ) -> Option<usize> {
-        self.keys.resize(old.len().next_multiple_of(64), 0);
+        let keys = old.len().next_multiple_of(64);
+        self.keys.resize(keys.max(self.keys.len()), 0);
         self.elements = old.len();
         self.ends.clear();
         // A tile more than may be found: it is noticed behind the tile.
@@ -120,6 +121,12 @@ impl Survey {
         self.steps.resize(room.max(self.steps.len()), 0);
         self.olds.resize(room.max(self.olds.len()), 0);
         level.run(Find::<E> { old, new, most, survey: self, census, read })
+    }
+
+    /// The key of each old element.
+    #[inline(always)]
+    pub(super) fn keys(&self) -> &[u8] {
+        &self.keys[..self.elements]
     }
 
     /// Each element that changes, in order: its place in the block, its old key and sign, and its step.
