@@ -212,6 +212,34 @@ async fn what_does_not_fit_or_cannot_be_seen_is_an_error_and_never_a_fresh_start
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_expired_newest_state_is_an_error_or_the_one_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let store: Arc<dyn SnapshotStore> = Arc::new(Memory::new());
+    let repo = repo(&store, "train");
+    let Process { run, .. } = Process::start(&repo, dir.path(), 1).await;
+    let save = async |step: u64, ttl: Option<Duration>| {
+        let name = name(&format!("step-{step}"));
+        run.save_checkpoint(&name, SaveKind::State, &Position::new(step, step), ttl).await.unwrap();
+    };
+    save(1, None).await;
+    save(2, Some(Duration::from_secs(1))).await;
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let error = run.resolve_resume(&Resume::default()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Gone);
+    assert!(error.help().unwrap().contains("allow an older state"), "{}", error.report());
+    let named = run.resolve_resume(&Resume::default().with_from(reference("step-2"))).await.unwrap();
+    assert_eq!(named.position(), Position::new(2, 2));
+    let resumed = run.resolve_resume(&Resume::default().with_fall_back()).await.unwrap();
+    let Resumed::Continued { state, position, skipped } = resumed else { panic!("{resumed:?}") };
+    assert_eq!((state.name, position), (name("step-1"), Position::new(1, 1)));
+    assert!(skipped[0].0.name == name("step-2") && skipped[0].1.contains("expired"), "{skipped:?}");
+    // Where nothing else is left, falling back ends with what was found, not with a fresh start.
+    repo.delete(&repo.find("step-1", Wanted::State).await.unwrap()).await.unwrap();
+    let error = run.resolve_resume(&Resume::default().with_fall_back()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Gone);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_save_that_runs_into_the_deadline_is_waited_for_by_the_next_call() {
     let dir = tempfile::tempdir().unwrap();
     let faulty = FaultStore::new(Arc::new(Memory::new()), Plan::default());

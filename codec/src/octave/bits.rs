@@ -84,6 +84,9 @@ pub(super) fn low(count: u32) -> u64 {
     if count >= 64 { u64::MAX } else { (1 << count) - 1 }
 }
 
+/// The most bits that are taken at once: what a word has that begins within a byte.
+pub(super) const MOST_TAKEN: u32 = 57;
+
 /// Takes bits from bytes. Behind the end it reads zeros, which [`BitReader::finish`] finds.
 #[derive(Debug, Clone)]
 pub(super) struct BitReader<'a> {
@@ -97,7 +100,7 @@ impl<'a> BitReader<'a> {
         Self { bytes, position: 0 }
     }
 
-    /// At least the next 57 bits.
+    /// At least the next [`MOST_TAKEN`] bits.
     #[inline]
     pub(super) fn peek(&self) -> u64 {
         let at = self.position >> 3;
@@ -116,7 +119,7 @@ impl<'a> BitReader<'a> {
         u64::from_le_bytes(word)
     }
 
-    /// The next `count` bits, at most 57.
+    /// The next `count` bits, at most [`MOST_TAKEN`].
     #[inline]
     pub(super) fn take(&mut self, count: u32) -> u64 {
         let value = self.peek() & low(count);
@@ -138,13 +141,13 @@ impl<'a> BitReader<'a> {
         let mut length = 0;
         loop {
             let word = self.peek();
-            if word != 0 && word.trailing_zeros() < 57 {
+            if word != 0 && word.trailing_zeros() < MOST_TAKEN {
                 length += word.trailing_zeros();
                 self.position += word.trailing_zeros() as usize + 1;
                 break;
             }
-            length += 57;
-            self.position += 57;
+            length += MOST_TAKEN;
+            self.position += MOST_TAKEN as usize;
             if length > 64 {
                 return Err(too_large());
             }

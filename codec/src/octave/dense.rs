@@ -4,7 +4,7 @@
 
 use towline_core::{Error, Result};
 
-use super::bits::{BitReader, BitWriter, low};
+use super::bits::{BitReader, BitWriter, MOST_TAKEN, low};
 use super::classes::{Census, Classes, MAX};
 use super::elem::Elem;
 use super::rans::{self, Chances, DecodeTable, EncodeTable, Words};
@@ -17,6 +17,8 @@ const CLASS_BITS: f64 = 260.0;
 const COUNTED: usize = 1 << 14;
 /// A delta's values from here on share a token by the number of their bits.
 const DELTA_DIRECT: u64 = 40;
+/// The steps of 64 elements are read at once if so many have low bits.
+const MANY: u32 = 24;
 /// The order of the Exp-Golomb codes for counts in the header.
 pub(super) const COUNT_ORDER: u32 = 12;
 
@@ -237,6 +239,16 @@ impl<'b, E: Elem> Kernel for Join<'_, 'b, E> {
             changed += u64::from((isa.nonzero(tokens) & low(target.len() as u32)).count_ones());
             let shift = isa.look_up(shifts, classes);
             let with_low_bits = with_low_bits(tokens, &shift);
+            let mut rest = isa.nonzero(&with_low_bits);
+            if rest.count_ones() >= MANY
+                && let Some(target) = target.as_mut_array::<64>()
+                && let Some(steps) = steps_at_once::<E>(tokens, &shift, &mut low_bits)
+            {
+                for at in 0..64 {
+                    target[at] = E::load(target[at]).plus(steps[at]).store();
+                }
+                continue;
+            }
             let mut direct = [0; 64];
             for at in 0..64 {
                 direct[at] = if with_low_bits[at] == 0 { tokens[at] } else { 0 };
@@ -248,26 +260,56 @@ impl<'b, E: Elem> Kernel for Join<'_, 'b, E> {
                 Some(target) => target.iter_mut().zip(direct).for_each(|(raw, token)| join(raw, token)),
                 None => target.iter_mut().zip(direct).for_each(|(raw, token)| join(raw, token)),
             }
-            let mut rest = isa.nonzero(&with_low_bits);
             while rest != 0 {
                 let at = rest.trailing_zeros() as usize % 64;
                 rest &= rest - 1;
                 let Some(raw) = target.get_mut(at) else { break };
                 let (bare, shift) = (tokens[at] - 1, u32::from(shift[at]));
                 let bottom = low_bits.take_wide(shift);
-                let high = if tokens[at] <= LAST_DIRECT {
-                    u64::from(bare)
-                } else {
-                    let extra = DELTA_TOKENS.extra_bits(bare).min(64);
-                    DELTA_TOKENS.value(extra, low_bits.take_wide(extra))
-                };
-                let value = high.checked_shl(shift).unwrap_or(0) | bottom;
+                let extra = low_bits.take_wide(DELTA_TOKENS.extra_bits(bare).min(64));
+                let value = DELTA_TOKENS.any_value(bare, extra).checked_shl(shift).unwrap_or(0) | bottom;
                 let step = E::narrow(value.wrapping_add(1)).unzigzag();
                 *raw = E::load(*raw).plus(step).store();
             }
         }
         (changed, low_bits)
     }
+}
+
+/// The steps of 64 elements, unless one takes more than [`MOST_TAKEN`] low bits: three loops with nothing in them that one
+/// element could make another wait for.
+#[inline(always)]
+fn steps_at_once<E: Elem>(
+    tokens: &[u8; 64],
+    shifts: &[u8; 64],
+    low_bits: &mut BitReader<'_>,
+) -> Option<[E; 64]> {
+    let (mut extras, mut lengths) = ([0u8; 64], [0u8; 64]);
+    let mut longest = 0;
+    for at in 0..64 {
+        extras[at] = tokens[at].saturating_sub(LAST_DIRECT + 1);
+        lengths[at] = if tokens[at] == 0 { 0 } else { shifts[at].saturating_add(extras[at]) };
+        longest = longest.max(lengths[at]);
+    }
+    if u32::from(longest) > MOST_TAKEN {
+        return None;
+    }
+    let mut words = [0u64; 64];
+    for at in 0..64 {
+        words[at] = low_bits.peek();
+        low_bits.skip(u32::from(lengths[at]));
+    }
+    let mut steps = [E::default(); 64];
+    for at in 0..64 {
+        let (shift, extra) = (u64::from(shifts[at]) & 63, u64::from(extras[at]) & 63);
+        let bottom = words[at] & ((1 << shift) - 1);
+        let top = (words[at] >> shift) & ((1 << extra) - 1);
+        // The value of a token above the direct ones; of the others it is the token, where both powers are 1.
+        let value = u64::from(tokens[at]) - u64::from(tokens[at] > 0) + (1 << extra) - 1 + top - extra;
+        let step = E::narrow(((value << shift) | bottom).wrapping_add(1)).unzigzag();
+        steps[at] = if tokens[at] == 0 { E::default() } else { step };
+    }
+    Some(steps)
 }
 
 /// Not 0 for elements that change and have low bits or a token that stands for several values.

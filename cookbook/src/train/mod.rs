@@ -88,7 +88,7 @@ pub(crate) struct Options {
     /// The adapter that a LoRA run without a state of its own begins with: a folder in PEFT's form.
     #[arg(long, value_name = "FOLDER", requires = "lora_rank", conflicts_with = "init")]
     warm_start: Option<PathBuf>,
-    /// Go on from an older state if the newest is damaged.
+    /// Go on from an older state if the newest is damaged or has expired.
     #[arg(long)]
     fall_back: bool,
     /// Go on although the data set is another one: at the same row, or at row 0.

@@ -17,7 +17,7 @@ pub struct Resume {
     pub init: Option<Init>,
     /// The adapter that a LoRA run without a state of its own begins with, in the place of [`Resume::init`].
     pub warm_start: Option<AdapterSource>,
-    /// Whether an older state will do where the newest is damaged. Default: no, it is an error.
+    /// Whether an older state will do where the newest is damaged or has expired. Default: no, it is an error.
     pub fall_back: bool,
     /// What to do where the data set is another one. Default: it is an error.
     pub data_changed: Option<DataChanged>,
@@ -129,7 +129,7 @@ impl Resume {
         self
     }
 
-    /// Takes an older state where the newest is damaged.
+    /// Takes an older state where the newest is damaged or has expired.
     #[must_use]
     pub fn with_fall_back(mut self) -> Self {
         self.fall_back = true;
@@ -150,8 +150,8 @@ impl Run {
     /// seen, or seen and not loaded, is an error, never a fresh start.
     ///
     /// # Errors
-    /// `NotFound` for a reference that names nothing; `Gone` if the newest state has expired and was not named;
-    /// `Corrupt` if it is damaged, unless an older one will do; `Invalid` for sampler weights, another model, and other
+    /// `NotFound` for a reference that names nothing; `Gone` if the newest state has expired and `Corrupt` if it is damaged,
+    /// unless it was named or an older one will do; `Invalid` for sampler weights, another model, and other
     /// data; what catalog and trainer answer.
     pub async fn resolve_resume(&self, resume: &Resume) -> Result<Resumed> {
         if let (Some(init), Some(adapter)) = (&resume.init, &resume.warm_start) {
@@ -171,14 +171,16 @@ impl Run {
         let mut last = None;
         for state in states.into_iter() {
             if state.expired {
-                if skipped.is_empty() {
-                    return Err(Error::new(
-                        ErrorKind::Gone,
-                        format!("the newest state {} of job {} has expired", state.name, self.job),
-                    )
-                    .with_help("name it, to go on from it all the same"));
+                let gone = format!("state {} of job {} has expired", state.name, self.job);
+                let error = Error::new(ErrorKind::Gone, gone);
+                if resume.fall_back {
+                    skipped.push((state, "it has expired".to_owned()));
+                    last = Some(error);
+                    continue;
                 }
-                continue;
+                return Err(error.with_help(
+                    "it is the newest: name it, to go on from it all the same, or allow an older state",
+                ));
             }
             match self.go_on(&state, resume).await {
                 Ok(position) => return Ok(Resumed::Continued { state, position, skipped }),
