@@ -17,6 +17,8 @@ const DIRECT: u64 = 192;
 const COUNTED: usize = 4;
 /// The low bits of elements of 16 bits, which have a fast path.
 const SEVEN: u32 = 7;
+/// The same of 32 bits.
+const TWENTY_TWO: u32 = 22;
 
 /// Where a base's top bits begin for elements of `bits`, and how its values are counted.
 fn base_form<E: Elem>() -> (u32, Tokens) {
@@ -243,7 +245,26 @@ impl<E: Elem> Kernel for Unpack<'_, E> {
                 done += 64;
             }
         }
-        let mut reader = BitReader::new(packed.get(done / 8 * 7..).unwrap_or_default());
+        if shift == TWENTY_TWO {
+            // Eight elements fill so many bytes, and the bits of each lie in four that are read at once.
+            const BYTES: usize = TWENTY_TWO as usize;
+            let eights = target.as_chunks_mut::<8>().0.iter_mut().zip(tokens.as_chunks::<8>().0);
+            for (target, tokens) in eights {
+                let Some(packed) =
+                    packed.get(done * BYTES / 8..).and_then(|rest| rest.first_chunk::<BYTES>())
+                else {
+                    break;
+                };
+                for at in 0..8 {
+                    let bit = (at * BYTES).min((BYTES - 4) * 8);
+                    let four = packed[bit / 8..].first_chunk().map_or(0, |four| u32::from_le_bytes(*four));
+                    let bits = four >> (at * BYTES - bit / 8 * 8) & low(TWENTY_TWO) as u32;
+                    target[at] = join(tokens[at], u64::from(bits));
+                }
+                done += 8;
+            }
+        }
+        let mut reader = BitReader::new(packed.get(done / 8 * shift as usize..).unwrap_or_default());
         for (raw, &token) in target.iter_mut().zip(tokens).skip(done) {
             *raw = join(token, reader.take_wide(shift));
         }
