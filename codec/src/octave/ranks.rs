@@ -170,8 +170,8 @@ impl GapForms {
     pub(super) fn read(&mut self, bits: &mut BitReader<'_>, left: &mut usize) -> Result<(usize, Numbers)> {
         let count = bits.exp_golomb(COUNT_ORDER)?;
         let changes = usize::try_from(count).unwrap_or(usize::MAX);
-        *left =
-            left.checked_sub(changes).ok_or_else(|| Error::corrupt("more elements change than there are"))?;
+        let more = || Error::corrupt(format!("{count} elements of a class change, of {left} that are left"));
+        *left = left.checked_sub(changes).ok_or_else(more)?;
         if changes == 0 {
             return Ok((0, Numbers::Zero));
         }
@@ -226,7 +226,9 @@ pub(super) struct Search<'a> {
 
 impl Search<'_> {
     /// Calls `found` for each tile of `target` with it and its places: each with the index of its rank, class by class.
-    /// Returns whether all ranks were found.
+    ///
+    /// # Errors
+    /// `Corrupt` if a class has fewer elements than a rank says; what `found` answers.
     #[inline(always)]
     pub(super) fn each_tile<E: Elem, I: Isa>(
         self,
