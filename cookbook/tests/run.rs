@@ -6,7 +6,11 @@ use std::time::Duration;
 
 use towline_cookbook::engine::{ModelConfig, Rng};
 use towline_cookbook::recipes::Trainer;
-use towline_core::{CheckpointRef, ContentDigest, ErrorKind, JobId, PutMode, SnapshotName, SnapshotStore};
+use towline_core::{
+    CheckpointCatalog, CheckpointClass, CheckpointInfo, CheckpointPage, CheckpointRef, ContentDigest,
+    ErrorKind, JobId, ModelId, PromotedModel, PutMode, Result, SnapshotIdentity, SnapshotName, SnapshotStore,
+    async_trait,
+};
 use towline_storage::testing::{Fault, FaultStore, Operation, Plan};
 use towline_storage::{Memory, SnapshotRepo, Wanted};
 use towline_trainer_client::{
@@ -211,19 +215,54 @@ async fn what_does_not_fit_or_cannot_be_seen_is_an_error_and_never_a_fresh_start
     assert!(skipped[0].0.name == name("step-2") && skipped[0].1.contains("digest"), "{skipped:?}");
 }
 
+/// A catalog some hours later: the time of what was given one is over, and nobody has pruned yet.
+#[derive(Debug)]
+struct Later(SnapshotRepo);
+
+#[async_trait]
+impl CheckpointCatalog for Later {
+    async fn list_page(&self, job: &JobId, cursor: Option<&str>, limit: usize) -> Result<CheckpointPage> {
+        let mut page = self.0.list_page(job, cursor, limit).await?;
+        for info in &mut page.checkpoints {
+            info.expired = info.expires_ms.is_some();
+        }
+        Ok(page)
+    }
+
+    async fn resolve_checkpoint(
+        &self,
+        reference: &CheckpointRef,
+        source_job: &JobId,
+        class: CheckpointClass,
+    ) -> Result<CheckpointInfo> {
+        self.0.resolve_checkpoint(reference, source_job, class).await
+    }
+
+    async fn loop_state(&self, state: &CheckpointInfo) -> Result<serde_json::Map<String, serde_json::Value>> {
+        self.0.loop_state(state).await
+    }
+
+    async fn promote_checkpoint(
+        &self,
+        job: &JobId,
+        checkpoint: &SnapshotIdentity,
+        model: &ModelId,
+    ) -> Result<PromotedModel> {
+        self.0.promote_checkpoint(job, checkpoint, model).await
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_expired_newest_state_is_an_error_or_the_one_before() {
-    let dir = tempfile::tempdir().unwrap();
     let store: Arc<dyn SnapshotStore> = Arc::new(Memory::new());
     let repo = repo(&store, "train");
-    let Process { run, .. } = Process::start(&repo, dir.path(), 1).await;
-    let save = async |step: u64, ttl: Option<Duration>| {
+    let trainer = Trainer::start(&repo, &ModelConfig::tiny(), 1).await.unwrap();
+    let later = Arc::new(Later(repo.clone()));
+    let run = Run::new(Arc::clone(&trainer.client) as _, later, repo.job().clone());
+    for (step, ttl) in [(1, None), (2, Some(Duration::from_secs(3600)))] {
         let name = name(&format!("step-{step}"));
         run.save_checkpoint(&name, SaveKind::State, &Position::new(step, step), ttl).await.unwrap();
-    };
-    save(1, None).await;
-    save(2, Some(Duration::from_secs(1))).await;
-    tokio::time::sleep(Duration::from_millis(1500)).await;
+    }
     let error = run.resolve_resume(&Resume::default()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Gone);
     assert!(error.help().unwrap().contains("allow an older state"), "{}", error.report());
