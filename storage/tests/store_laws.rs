@@ -8,6 +8,7 @@ mod cycle;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use towline_core::{
@@ -82,7 +83,8 @@ impl SnapshotStore for Bent {
             }
             _ => {}
         }
-        tokio::task::yield_now().await;
+        // Long enough that others look meanwhile, however the threads are scheduled.
+        tokio::time::sleep(Duration::from_millis(1)).await;
         self.inner.put(key, body, PutMode::Overwrite).await
     }
     async fn writer(&self, key: &ObjectKey) -> Result<Box<dyn ObjectWriter>> {
