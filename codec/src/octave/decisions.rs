@@ -113,12 +113,11 @@ impl Encoder {
 
     /// The bytes. Zeros at the end are left out: a decoder reads them anyway.
     pub(super) fn finish(mut self) -> Vec<u8> {
-        let last = u128::from(self.low) + u128::from(self.range - 1);
+        let low = u128::from(self.low);
+        let last = low + u128::from(self.range - 1);
         // The fewest bytes that begin a number between the two.
-        let shortest = (0..64).step_by(8).rev().map(|zeros| last >> zeros << zeros);
-        let end =
-            shortest.filter(|&end| end >= u128::from(self.low)).min_by_key(|end| 128 - end.trailing_zeros());
-        let end = end.unwrap_or(last);
+        let shortest = (0..64).step_by(8).rev().map(|zeros| last >> zeros << zeros).find(|&end| end >= low);
+        let end = shortest.unwrap_or(last);
         if end >> 64 != 0 {
             self.carry();
         }
