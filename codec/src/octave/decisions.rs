@@ -52,7 +52,7 @@ impl Chance {
     }
 }
 
-/// The chance at `at`. Before it is learned for the first time it becomes that of a neighbour that was: of the one before
+/// The chance at `at`, or the last one. Before it is learned for the first time it becomes that of a neighbour that was: of the one before
 /// it or else of the one behind, as if that had been learned once.
 #[inline(always)]
 pub(super) fn near<const N: usize>(chances: &mut [Chance; N], at: usize) -> &mut Chance {

@@ -175,7 +175,8 @@ impl Run {
                 let error = Error::new(ErrorKind::Gone, gone);
                 if resume.fall_back {
                     skipped.push((state, "it has expired".to_owned()));
-                    last = Some(error);
+                    // Damage that was found says more.
+                    last.get_or_insert(error);
                     continue;
                 }
                 return Err(error.with_help(
