@@ -120,6 +120,27 @@ impl Census {
         stats.magnitude += magnitude.min(MAX_MAGNITUDE) * weight;
     }
 
+    /// Counts changes: of old values with these keys, each above a sign, by these steps, each a magnitude less 1 above
+    /// a sign.
+    #[inline(always)]
+    pub(super) fn changes(&mut self, olds: &[u16], steps: &[u64]) {
+        // Several tables, because equal keys come in a row and one count would wait for the other.
+        let mut tables = [[(0u64, 0u64); 256]; 4];
+        for (olds, steps) in olds.chunks(4).zip(steps.chunks(4)) {
+            for ((&old, &step), table) in olds.iter().zip(steps).zip(&mut tables) {
+                let (changed, magnitude) = &mut table[usize::from(old >> 1) % 256];
+                *changed += 1;
+                *magnitude += ((step >> 1) + 1).min(MAX_MAGNITUDE);
+            }
+        }
+        for table in tables {
+            for (stats, (changed, magnitude)) in self.0.iter_mut().zip(table) {
+                stats.changed += changed;
+                stats.magnitude += magnitude;
+            }
+        }
+    }
+
     /// The statistics of each class.
     pub(super) fn by_class(&self, classes: &Classes) -> impl Iterator<Item = Stats> {
         let mut starts: Vec<usize> =

@@ -2,7 +2,7 @@
 
 use super::classes::{Census, Classes, MAX};
 use super::elem::Elem;
-use super::simd::{Counts, Instructions, Isa, Kernel, TILE, WORDS, read_on, slot};
+use super::simd::{Counts, Instructions, Isa, Kernel, TILE, WORDS, WordCounts, slot};
 
 /// The class of each element of a tile, as masks with running counts.
 #[derive(Debug)]
@@ -11,12 +11,19 @@ pub(super) struct TileMasks {
     /// By the slots of their words.
     masks: [[u64; WORDS]; MAX],
     before: [Counts; MAX],
+    words: [WordCounts; MAX],
     counts: [u32; MAX],
 }
 
 impl Default for TileMasks {
     fn default() -> Self {
-        Self { keys: [0; TILE], masks: [[0; WORDS]; MAX], before: Default::default(), counts: [0; MAX] }
+        Self {
+            keys: [0; TILE],
+            masks: [[0; WORDS]; MAX],
+            before: Default::default(),
+            words: Default::default(),
+            counts: [0; MAX],
+        }
     }
 }
 
@@ -33,10 +40,14 @@ impl TileMasks {
     ) {
         self.keys.iter_mut().zip(old).for_each(|(key, &raw)| *key = E::load(raw).key());
         isa.class_masks(&self.keys, classes, table, &mut self.masks);
-        self.count_all(isa, classes);
+        let classes = self.masks.iter().zip(&mut self.before).zip(&mut self.counts).take(classes.count());
+        // No closure: it would not be compiled for the instructions of `isa`.
+        for ((masks, before), count) in classes {
+            *count = isa.running_counts(masks, before);
+        }
     }
 
-    /// As `fill`, of at most [`TILE`] keys.
+    /// As `fill`, of at most [`TILE`] keys, for `rank_of`.
     #[inline(always)]
     pub(super) fn fill_keys<I: Isa>(&mut self, isa: I, keys: &[u8], classes: &Classes, table: &[u8; 256]) {
         if let Some(keys) = keys.as_array() {
@@ -45,15 +56,9 @@ impl TileMasks {
             self.keys[..keys.len()].copy_from_slice(keys);
             isa.class_masks(&self.keys, classes, table, &mut self.masks);
         }
-        self.count_all(isa, classes);
-    }
-
-    #[inline(always)]
-    fn count_all<I: Isa>(&mut self, isa: I, classes: &Classes) {
-        let classes = self.masks.iter().zip(&mut self.before).zip(&mut self.counts).take(classes.count());
-        // No closure: it would not be compiled for the instructions of `isa`.
-        for ((masks, before), count) in classes {
-            *count = isa.running_counts(masks, before);
+        let classes = self.masks.iter().zip(&mut self.words).zip(&mut self.counts).take(classes.count());
+        for ((masks, words), count) in classes {
+            *count = isa.word_counts(masks, words);
         }
     }
 
@@ -68,7 +73,7 @@ impl TileMasks {
     pub(super) fn rank_of(&self, class: usize, place: usize) -> u32 {
         let (word, bit) = (place / 64 % WORDS, place % 64);
         let below = self.masks[class][slot(word)] & ((1 << bit) - 1);
-        u32::from(self.before[class].words[word / 8][word % 8]) + below.count_ones()
+        self.words[class].before(word) + below.count_ones()
     }
 
     /// The element of `class` that has `rank` of them before it; there is one.
@@ -116,7 +121,7 @@ impl Survey {
         self.elements = old.len();
         self.ends.clear();
         // A tile more than may be found: it is noticed behind the tile.
-        let room = most.min(old.len()) + TILE + 64;
+        let room = most.min(old.len()) + STRETCH.max(TILE) + 64;
         self.places.resize(room.max(self.places.len()), 0);
         self.steps.resize(room.max(self.steps.len()), 0);
         self.olds.resize(room.max(self.olds.len()), 0);
@@ -152,6 +157,8 @@ impl Survey {
     }
 }
 
+const STRETCH: usize = 1 << 18;
+
 struct Find<'a, E: Elem> {
     old: &'a [E::Raw],
     new: &'a [E::Raw],
@@ -167,44 +174,67 @@ impl<E: Elem> Kernel for Find<'_, E> {
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) -> Option<usize> {
         let Survey { keys, places, steps, olds, ends, .. } = self.survey;
+        let (places, steps, olds) = (&mut places[..], &mut steps[..], &mut olds[..]);
         let (mut found, mut done) = (0, 0);
-        let tiles = self.old.chunks(TILE).zip(self.new.chunks(TILE)).zip(keys.chunks_mut(TILE));
-        for ((old, new), keys) in tiles {
-            let first = found;
-            let words = old.chunks(64).zip(new.chunks(64)).zip(keys.as_chunks_mut::<64>().0);
-            for (word, ((old, new), keys)) in (0..).zip(words) {
-                let mask = match (old.as_array(), new.as_array()) {
-                    (Some(old), Some(new)) => isa.differing::<E>(old, new, keys),
-                    _ => {
-                        // What fills the last word is the same on both sides.
-                        let mut pair = [[E::default().store(); 64]; 2];
-                        pair[0][..old.len()].copy_from_slice(old);
-                        pair[1][..new.len()].copy_from_slice(new);
-                        isa.differing::<E>(&pair[0], &pair[1], keys)
-                    }
-                };
-                if let Some(places) = places[found..].first_chunk_mut() {
-                    found += isa.places(mask, word * 64, places);
+        let stretch = (STRETCH / size_of::<E::Raw>()).next_multiple_of(TILE);
+        let stretches = self.old.chunks(stretch).zip(self.new.chunks(stretch)).zip(keys.chunks_mut(stretch));
+        for ((old, new), keys) in stretches {
+            let (first, first_end) = (found, ends.len());
+            let tiles = old.chunks(TILE).zip(new.chunks(TILE)).zip(keys.chunks_mut(TILE));
+            for ((old, new), keys) in tiles {
+                let ((olds, old_rest), (news, new_rest)) = (old.as_chunks(), new.as_chunks());
+                let (keys, _) = keys.as_chunks_mut();
+                let mut first = 0;
+                for ((old, new), keys) in olds.iter().zip(news).zip(keys.iter_mut()) {
+                    let mask = isa.differing::<E>(old, new, keys);
+                    let Some(places) = places[found..].first_chunk_mut() else { break };
+                    found += isa.places(mask, first, places);
+                    first += 64;
                 }
+                if let (false, Some(keys), Some(places)) =
+                    (old_rest.is_empty(), keys.get_mut(olds.len()), places[found..].first_chunk_mut())
+                {
+                    // What fills the last word is the same on both sides.
+                    let mut pair = [[E::default().store(); 64]; 2];
+                    pair[0][..old_rest.len()].copy_from_slice(old_rest);
+                    pair[1][..new_rest.len()].copy_from_slice(new_rest);
+                    let mask = isa.differing::<E>(&pair[0], &pair[1], keys);
+                    found += isa.places(mask, first, places);
+                }
+                ends.push(found);
             }
-            let changes = steps[first..found].iter_mut().zip(&mut olds[first..found]);
-            for (&place, (step, old_key)) in places[first..found].iter().zip(changes) {
-                let place = usize::from(place) % TILE;
-                let (from, to) = (E::load(old[place]), E::load(new[place]));
-                let change = to.minus(from);
-                let more = change.magnitude().wide().wrapping_sub(1);
-                *step = more << 1 | u64::from(change.is_negative());
-                *old_key = u16::from(from.key()) << 1 | u16::from(from.is_negative());
-                self.census.change(from.key(), more.wrapping_add(1), 1);
+            let mut start = first;
+            for ((old, new), &end) in old.chunks(TILE).zip(new.chunks(TILE)).zip(&ends[first_end..]) {
+                let tile = std::mem::replace(&mut start, end)..end;
+                describe::<E>((old, new), &places[tile.clone()], &mut steps[tile.clone()], &mut olds[tile]);
             }
             if found > self.most {
                 return None;
             }
-            ends.push(found);
-            let start = done;
             done += size_of_val(old);
-            read_on(start..done, [E::bytes(self.old), E::bytes(self.new)], self.read);
+            (self.read)(done);
         }
+        self.census.changes(&olds[..found], &steps[..found]);
         Some(found)
+    }
+}
+
+/// Sets the steps and the old keys at the places of a tile.
+#[inline(always)]
+fn describe<E: Elem>(tile: (&[E::Raw], &[E::Raw]), places: &[u16], steps: &mut [u64], olds: &mut [u16]) {
+    let mut pair = [[E::default(); 64]; 2];
+    for ((places, steps), olds) in places.chunks(64).zip(steps.chunks_mut(64)).zip(olds.chunks_mut(64)) {
+        // First all loads, then arithmetic on many at once.
+        let [from, to] = &mut pair;
+        for ((&place, from), to) in places.iter().zip(from).zip(to) {
+            let place = usize::from(place) % TILE;
+            (*from, *to) = (E::load(tile.0[place]), E::load(tile.1[place]));
+        }
+        let [from, to] = pair;
+        for (((step, old), from), to) in steps.iter_mut().zip(olds).zip(from).zip(to) {
+            let change = to.minus(from);
+            *step = change.magnitude().wide().wrapping_sub(1) << 1 | u64::from(change.is_negative());
+            *old = u16::from(from.key()) << 1 | u16::from(from.is_negative());
+        }
     }
 }

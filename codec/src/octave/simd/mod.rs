@@ -40,6 +40,27 @@ pub(super) struct Counts {
     pub(super) words: [[u16; 8]; 8],
 }
 
+/// How many bits of the masks of a tile's words are set: less than [`Counts`] tells, and sooner found.
+#[derive(Debug, Default)]
+pub(super) struct WordCounts {
+    /// Before each column.
+    pub(super) columns: [u16; 8],
+    /// In the words of each column, a byte each, the first lowest.
+    pub(super) words: [u64; 8],
+}
+
+impl WordCounts {
+    /// Before a word.
+    #[inline(always)]
+    pub(super) fn before(&self, word: usize) -> u32 {
+        let (column, row) = (word / 8 % 8, word % 8);
+        let bytes = self.words[column] & ((1 << (8 * row)) - 1);
+        // Their sum may take more than a byte.
+        let pairs = (bytes & 0x00ff_00ff_00ff_00ff) + (bytes >> 8 & 0x00ff_00ff_00ff_00ff);
+        u32::from(self.columns[column]) + (pairs.wrapping_mul(0x0001_0001_0001_0001) >> 48) as u32
+    }
+}
+
 /// Which instructions a codec may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 #[non_exhaustive]
@@ -48,7 +69,7 @@ pub enum Instructions {
     Scalar,
     /// AVX2 with BMI1, BMI2, LZCNT and POPCNT (x86-64-v3).
     Avx2,
-    /// AVX-512 F, BW, DQ, VL, VBMI, VBMI2 and VPOPCNTDQ as well (Ice Lake, Zen 4 and later).
+    /// AVX-512 F, BW, DQ, VL, VBMI, VBMI2 and VPOPCNTDQ, and GFNI, as well (Ice Lake, Zen 4 and later).
     #[default]
     Avx512,
 }
@@ -74,7 +95,8 @@ impl Instructions {
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512vbmi")
                 && is_x86_feature_detected!("avx512vbmi2")
-                && is_x86_feature_detected!("avx512vpopcntdq");
+                && is_x86_feature_detected!("avx512vpopcntdq")
+                && is_x86_feature_detected!("gfni");
             let best = match (v3, v4) {
                 (_, true) => Self::Avx512,
                 (true, false) => Self::Avx2,
@@ -163,7 +185,7 @@ fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(
-    enable = "avx2,bmi1,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vpopcntdq"
+    enable = "avx2,bmi1,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vpopcntdq,gfni"
 )]
 fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(x86::Avx512(()))
@@ -208,6 +230,22 @@ pub(super) trait Isa: Copy {
         table: &[u8; 256],
         masks: &mut [[u64; WORDS]; MAX],
     );
+
+    /// Counts the set bits of each word, and returns how many there are in all.
+    #[inline(always)]
+    fn word_counts(self, masks: &[u64; WORDS], counts: &mut WordCounts) -> u32 {
+        let mut sum = 0;
+        for (column, (first, words)) in counts.columns.iter_mut().zip(&mut counts.words).enumerate() {
+            *first = sum;
+            *words = 0;
+            for row in 0..8 {
+                let count = masks[row * 8 + column].count_ones();
+                *words |= u64::from(count) << (8 * row);
+                sum += count as u16;
+            }
+        }
+        sum.into()
+    }
 
     /// Counts the set bits before each word, and returns how many there are in all.
     #[inline(always)]

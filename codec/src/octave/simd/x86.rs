@@ -5,18 +5,41 @@ use std::arch::x86_64::*;
 use super::super::classes::Classes;
 use super::super::elem::Elem;
 use super::super::rans::{CHANCE_BITS, EncodeTable, LOWEST, TOTAL};
-use super::{Counts, Isa, LANES, MAX, MOST_LISTED, TILE, WORDS, slot};
+use super::{Counts, Isa, LANES, MAX, MOST_LISTED, TILE, WORDS, WordCounts, slot};
 
 /// The processor has AVX2, BMI1, BMI2, LZCNT and POPCNT.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Avx2(pub(super) ());
 
-/// The processor has what [`Avx2`] says, and AVX-512 F, BW, DQ, VL, VBMI, VBMI2 and VPOPCNTDQ.
+/// The processor has what [`Avx2`] says, AVX-512 F, BW, DQ, VL, VBMI, VBMI2 and VPOPCNTDQ, and GFNI.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Avx512(pub(super) ());
 
 const BYTE_NUMBERS: [u8; 64] = multiples_of(1);
 const EVEN_BYTES: [u8; 64] = multiples_of(2);
+
+/// The bytes of each eight, the last first.
+const LAST_FIRST: [u8; 64] = {
+    let mut places = multiples_of(1);
+    let mut at = 0;
+    while at < 64 {
+        places[at] ^= 7;
+        at += 1;
+    }
+    places
+};
+/// The first byte of each eight, the second of each, and so on.
+const BYTES_OF_EIGHTS: [u8; 64] = {
+    let mut places = [0; 64];
+    let mut at = 0;
+    while at < 64 {
+        places[at] = (at % 8 * 8 + at / 8) as u8;
+        at += 1;
+    }
+    places
+};
+/// Eight bytes with one bit each, the lowest first.
+const UNIT_VECTORS: i64 = 0x8040_2010_0804_0201_u64.cast_signed();
 
 const fn multiples_of(number: u8) -> [u8; 64] {
     let mut multiples = [0; 64];
@@ -213,33 +236,9 @@ impl Isa for Avx512 {
         table: &[u8; 256],
         masks: &mut [[u64; WORDS]; MAX],
     ) {
-        // The four bits of each element's class, then for each class the elements that have all of its bits.
-        let mut planes = [[0u64; WORDS]; 4];
         match Narrow::of(classes, table) {
-            Some(narrow) => self.planes(keys, &mut planes, &narrow),
-            None => self.planes(keys, &mut planes, &Wide::of(table)),
-        }
-        for (class, mask) in masks.iter_mut().enumerate().take(classes.count()) {
-            // SAFETY: token; bounds: 8 words of 64 of each plane and of the mask.
-            unsafe {
-                // A bit that the class does not have is wanted as 0.
-                let inverse = [0, 1, 2, 3].map(|bit| (class as i64 >> bit & 1) - 1);
-                let inverse = [
-                    _mm512_set1_epi64(inverse[0]),
-                    _mm512_set1_epi64(inverse[1]),
-                    _mm512_set1_epi64(inverse[2]),
-                    _mm512_set1_epi64(inverse[3]),
-                ];
-                for at in (0..WORDS).step_by(8) {
-                    let mut all = _mm512_set1_epi64(-1);
-                    for (plane, inverse) in planes.iter().zip(inverse) {
-                        let plane = _mm512_loadu_si512(plane.as_ptr().add(at).cast());
-                        // (plane ^ inverse) & all
-                        all = _mm512_ternarylogic_epi64::<0x28>(plane, inverse, all);
-                    }
-                    _mm512_storeu_si512(mask.as_mut_ptr().add(at).cast(), all);
-                }
-            }
+            Some(narrow) => self.masks_of(keys, classes.count(), masks, &narrow),
+            None => self.masks_of(keys, classes.count(), masks, &Wide::of(table)),
         }
     }
 
@@ -249,6 +248,26 @@ impl Isa for Avx512 {
         // SAFETY: token; bounds: 64 bytes.
         unsafe { _mm512_storeu_si512(entries.as_mut_ptr().cast(), Wide::of(table).entries(self, keys)) };
         entries
+    }
+
+    #[inline(always)]
+    fn word_counts(self, masks: &[u64; WORDS], counts: &mut WordCounts) -> u32 {
+        // SAFETY: token; bounds: 8 of 64 words, 8 words and 8 columns.
+        unsafe {
+            // The counts of the rows in the bytes of each column, the first row lowest.
+            let mut words = _mm512_setzero_si512();
+            for row in (0..8).rev() {
+                let count = _mm512_popcnt_epi64(_mm512_loadu_si512(masks.as_ptr().add(8 * row).cast()));
+                words = _mm512_or_si512(_mm512_slli_epi64::<8>(words), count);
+            }
+            _mm512_storeu_si512(counts.words.as_mut_ptr().cast(), words);
+            let columns = _mm512_cvtepi64_epi16(_mm512_sad_epu8(words, _mm512_setzero_si512()));
+            let mut sum = _mm_add_epi16(columns, _mm_slli_si128::<2>(columns));
+            sum = _mm_add_epi16(sum, _mm_slli_si128::<4>(sum));
+            sum = _mm_add_epi16(sum, _mm_slli_si128::<8>(sum));
+            _mm_storeu_si128(counts.columns.as_mut_ptr().cast(), _mm_sub_epi16(sum, columns));
+            _mm_extract_epi16::<7>(sum) as u32
+        }
     }
 
     #[inline(always)]
@@ -560,18 +579,63 @@ impl Avx512 {
         }
     }
 
-    /// Sets the four bits of the class of each key.
+    /// The four bits of the classes of twice 64 keys: of the first in the lower four words, of the second above.
     #[inline(always)]
-    fn planes(self, keys: &[u8; TILE], planes: &mut [[u64; WORDS]; 4], classes: &impl LookUp) {
-        let [plane0, plane1, plane2, plane3] = planes;
-        for (word, keys) in keys.as_chunks::<64>().0.iter().enumerate() {
-            let class = classes.entries(self, keys);
-            // SAFETY: token.
+    fn planes(self, first: __m512i, second: __m512i) -> __m512i {
+        // SAFETY: token; bounds: 64 bytes of numbers each.
+        unsafe {
+            let both = _mm512_or_si512(first, _mm512_slli_epi16::<4>(second));
+            // A matrix of 8 by 8 bits times each of its unit vectors is its transpose, the last row first.
+            let turned = _mm512_shuffle_epi8(both, _mm512_loadu_si512(LAST_FIRST.as_ptr().cast()));
+            let bits = _mm512_gf2p8affine_epi64_epi8::<0>(_mm512_set1_epi64(UNIT_VECTORS), turned);
+            _mm512_permutexvar_epi8(_mm512_loadu_si512(BYTES_OF_EIGHTS.as_ptr().cast()), bits)
+        }
+    }
+
+    /// As [`Isa::class_masks`].
+    #[inline(always)]
+    fn masks_of(
+        self,
+        keys: &[u8; TILE],
+        count: usize,
+        masks: &mut [[u64; WORDS]; MAX],
+        classes: &impl LookUp,
+    ) {
+        let words = keys.as_chunks::<64>().0;
+        // The words of eight columns that stand in a row.
+        for row in 0..8 {
+            // SAFETY: token; bounds: 8 words of 64 of each mask.
             unsafe {
-                plane0[slot(word)] = _mm512_test_epi8_mask(class, _mm512_set1_epi8(1));
-                plane1[slot(word)] = _mm512_test_epi8_mask(class, _mm512_set1_epi8(2));
-                plane2[slot(word)] = _mm512_test_epi8_mask(class, _mm512_set1_epi8(4));
-                plane3[slot(word)] = _mm512_test_epi8_mask(class, _mm512_set1_epi8(8));
+                let mut pairs = [_mm512_setzero_si512(); 4];
+                for (pair, planes) in pairs.iter_mut().enumerate() {
+                    let word = (pair * 16 + row) % WORDS;
+                    let first = classes.entries(self, &words[word]);
+                    *planes = self.planes(first, classes.entries(self, &words[(word + 8) % WORDS]));
+                }
+                // Plane by plane: 0 and 1, then 2 and 3, of four columns each; then of all eight.
+                let low = _mm512_setr_epi64(0, 4, 8, 12, 1, 5, 9, 13);
+                let high = _mm512_setr_epi64(2, 6, 10, 14, 3, 7, 11, 15);
+                let [a, b, c, d] = pairs;
+                let (ab, cd) = (_mm512_permutex2var_epi64(a, low, b), _mm512_permutex2var_epi64(c, low, d));
+                let (zero, one) =
+                    (_mm512_shuffle_i64x2::<0x44>(ab, cd), _mm512_shuffle_i64x2::<0xee>(ab, cd));
+                let (ab, cd) = (_mm512_permutex2var_epi64(a, high, b), _mm512_permutex2var_epi64(c, high, d));
+                let (two, three) =
+                    (_mm512_shuffle_i64x2::<0x44>(ab, cd), _mm512_shuffle_i64x2::<0xee>(ab, cd));
+                // The elements that have both bits of a half of the class.
+                let halves = |zero, one| {
+                    let neither = _mm512_andnot_si512(_mm512_or_si512(zero, one), _mm512_set1_epi64(-1));
+                    let (first, second) = (_mm512_andnot_si512(one, zero), _mm512_andnot_si512(zero, one));
+                    [neither, first, second, _mm512_and_si512(zero, one)]
+                };
+                let low = halves(zero, one);
+                let (groups, _) = masks.as_chunks_mut::<4>();
+                for (masks, high) in groups.iter_mut().zip(halves(two, three)).take(count.div_ceil(4)) {
+                    for (mask, low) in masks.iter_mut().zip(low) {
+                        let mask = mask.as_mut_ptr().add(row * 8);
+                        _mm512_storeu_si512(mask.cast(), _mm512_and_si512(high, low));
+                    }
+                }
             }
         }
     }
