@@ -24,8 +24,10 @@ pub(super) struct Lists {
     gaps: Vec<u32>,
     /// The end of each class's changes.
     ends: [usize; MAX],
-    /// The changes of each class by more than 1: which of its changes, and how much more.
-    large: [Vec<(u32, u64)>; MAX],
+    /// The changes of each class by more than 1: which of its changes, and how much more. They begin where its gaps do.
+    large: Vec<(u32, u64)>,
+    /// How many those of each class are.
+    large_counts: [usize; MAX],
 }
 
 /// The changes of one class, in order.
@@ -48,22 +50,25 @@ impl Lists {
     ) -> Classes {
         census.count(survey.keys());
         let classes = census.classes(header);
-        self.large.iter_mut().for_each(Vec::clear);
         let mut sum = 0;
         for (end, stats) in self.ends.iter_mut().zip(census.by_class(&classes)) {
             sum += stats.changed as usize;
             *end = sum;
         }
         self.gaps.resize(sum.max(self.gaps.len()), 0);
+        self.large.resize(sum.max(self.large.len()), (0, 0));
         level.run(Rank { survey, classes: &classes, lists: self, tile });
         classes
     }
 
     pub(super) fn of(&self, classes: &Classes) -> Vec<List<'_>> {
         let mut start = 0;
-        let lists = self.ends.iter().zip(&self.large).take(classes.count());
+        let lists = self.ends.iter().zip(&self.large_counts).take(classes.count());
         lists
-            .map(|(&end, large)| List { gaps: &self.gaps[std::mem::replace(&mut start, end)..end], large })
+            .map(|(&end, count)| {
+                let start = std::mem::replace(&mut start, end);
+                List { gaps: &self.gaps[start..end], large: &self.large[start..start + count] }
+            })
             .collect()
     }
 }
@@ -89,25 +94,32 @@ impl Kernel for Rank<'_> {
         starts[1..].copy_from_slice(&lists.ends[..MAX - 1]);
         let mut at = starts;
         let keys = survey.keys().chunks(TILE);
-        for (keys, (places, steps)) in keys.zip(survey.tiles()) {
+        let Lists { gaps, large, .. } = lists;
+        let (gaps, large) = (&mut gaps[..], &mut large[..]);
+        let mut large_at = starts;
+        for (keys, changes) in keys.zip(survey.tiles()) {
             tile.fill_keys(isa, keys, classes, &table);
-            for (&place, &step) in places.iter().zip(steps) {
-                let place = usize::from(place) % TILE;
-                let Some(&key) = keys.get(place) else { continue };
-                let class = usize::from(table[usize::from(key)]) % MAX;
-                let rank = tile.rank_of(class, place);
-                if let Some(gap) = lists.gaps.get_mut(at[class]) {
+            for ((&place, &old), &step) in changes.places.iter().zip(changes.olds).zip(changes.steps) {
+                let class = usize::from(table[usize::from(old >> 1) % 256]) % MAX;
+                let rank = tile.rank_of(class, usize::from(place) % TILE);
+                let index = at[class];
+                if let Some(gap) = gaps.get_mut(index) {
                     *gap = rank.wrapping_sub(next[class]) << 1 | (step & 1) as u32;
                 }
-                if step > 1 {
-                    lists.large[class].push(((at[class] - starts[class]) as u32, step >> 1));
+                // Written in any case: a branch would be mispredicted.
+                if let Some(large) = large.get_mut(large_at[class]) {
+                    *large = ((index - starts[class]) as u32, step >> 1);
                 }
-                at[class] += 1;
+                large_at[class] += usize::from(step > 1);
+                at[class] = index + 1;
                 next[class] = rank + 1;
             }
             for (class, next) in next.iter_mut().enumerate().take(classes.count()) {
                 *next = next.wrapping_sub(tile.count(class));
             }
+        }
+        for ((count, end), start) in lists.large_counts.iter_mut().zip(large_at).zip(starts) {
+            *count = end - start;
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::classes::{Census, Classes, MAX};
 use super::elem::Elem;
-use super::simd::{Counts, Instructions, Isa, Kernel, TILE, WORDS, WordCounts, slot};
+use super::simd::{Counts, Instructions, Isa, Kernel, TILE, WORDS, slot};
 
 /// The class of each element of a tile, as masks with running counts.
 #[derive(Debug)]
@@ -11,19 +11,12 @@ pub(super) struct TileMasks {
     /// By the slots of their words.
     masks: [[u64; WORDS]; MAX],
     before: [Counts; MAX],
-    words: [WordCounts; MAX],
     counts: [u32; MAX],
 }
 
 impl Default for TileMasks {
     fn default() -> Self {
-        Self {
-            keys: [0; TILE],
-            masks: [[0; WORDS]; MAX],
-            before: Default::default(),
-            words: Default::default(),
-            counts: [0; MAX],
-        }
+        Self { keys: [0; TILE], masks: [[0; WORDS]; MAX], before: Default::default(), counts: [0; MAX] }
     }
 }
 
@@ -40,14 +33,10 @@ impl TileMasks {
     ) {
         self.keys.iter_mut().zip(old).for_each(|(key, &raw)| *key = E::load(raw).key());
         isa.class_masks(&self.keys, classes, table, &mut self.masks);
-        let classes = self.masks.iter().zip(&mut self.before).zip(&mut self.counts).take(classes.count());
-        // No closure: it would not be compiled for the instructions of `isa`.
-        for ((masks, before), count) in classes {
-            *count = isa.running_counts(masks, before);
-        }
+        self.count_all(isa, classes);
     }
 
-    /// As `fill`, of at most [`TILE`] keys, for `rank_of`.
+    /// As `fill`, of at most [`TILE`] keys.
     #[inline(always)]
     pub(super) fn fill_keys<I: Isa>(&mut self, isa: I, keys: &[u8], classes: &Classes, table: &[u8; 256]) {
         if let Some(keys) = keys.as_array() {
@@ -56,9 +45,15 @@ impl TileMasks {
             self.keys[..keys.len()].copy_from_slice(keys);
             isa.class_masks(&self.keys, classes, table, &mut self.masks);
         }
-        let classes = self.masks.iter().zip(&mut self.words).zip(&mut self.counts).take(classes.count());
-        for ((masks, words), count) in classes {
-            *count = isa.word_counts(masks, words);
+        self.count_all(isa, classes);
+    }
+
+    #[inline(always)]
+    fn count_all<I: Isa>(&mut self, isa: I, classes: &Classes) {
+        let classes = self.masks.iter().zip(&mut self.before).zip(&mut self.counts).take(classes.count());
+        // No closure: it would not be compiled for the instructions of `isa`.
+        for ((masks, before), count) in classes {
+            *count = isa.running_counts(masks, before);
         }
     }
 
@@ -73,18 +68,19 @@ impl TileMasks {
     pub(super) fn rank_of(&self, class: usize, place: usize) -> u32 {
         let (word, bit) = (place / 64 % WORDS, place % 64);
         let below = self.masks[class][slot(word)] & ((1 << bit) - 1);
-        self.words[class].before(word) + below.count_ones()
+        let before = &self.before[class];
+        u32::from(before.columns[word / 8] + before.words[word / 8][word % 8]) + below.count_ones()
     }
 
     /// The element of `class` that has `rank` of them before it; there is one.
     #[inline(always)]
     pub(super) fn position<I: Isa>(&self, isa: I, class: usize, rank: u32) -> usize {
         let before = &self.before[class];
-        let column = isa.last_at_most(&before.columns, rank as u16);
-        let words = &before.words[column % 8];
-        let row = isa.last_at_most(words, rank as u16) % 8;
-        let word = self.masks[class][(row * 8 + column) % WORDS];
-        (column * 8 + row) * 64 + isa.select(word, rank - u32::from(words[row])) as usize
+        let column = isa.last_at_most(&before.columns, rank as u16) % 8;
+        let (words, rank) = (&before.words[column], rank as u16 - before.columns[column]);
+        let row = isa.last_at_most(words, rank) % 8;
+        let word = self.masks[class][row * 8 + column];
+        (column * 8 + row) * 64 + isa.select(word, u32::from(rank - words[row])) as usize
     }
 }
 
@@ -146,18 +142,26 @@ impl Survey {
         })
     }
 
-    /// The places and steps of each tile.
+    /// The changes of each tile.
     #[inline(always)]
-    pub(super) fn tiles(&self) -> impl Iterator<Item = (&[u16], &[u64])> {
+    pub(super) fn tiles(&self) -> impl Iterator<Item = Changes<'_>> {
         let mut start = 0;
         self.ends.iter().map(move |&end| {
             let range = std::mem::replace(&mut start, end)..end;
-            (&self.places[range.clone()], &self.steps[range])
+            let (places, steps) = (&self.places[range.clone()], &self.steps[range.clone()]);
+            Changes { places, steps, olds: &self.olds[range] }
         })
     }
 }
 
-const STRETCH: usize = 1 << 18;
+/// The changes of a tile, as in a [`Survey`].
+pub(super) struct Changes<'a> {
+    pub(super) places: &'a [u16],
+    pub(super) steps: &'a [u64],
+    pub(super) olds: &'a [u16],
+}
+
+const STRETCH: usize = 1 << 17;
 
 struct Find<'a, E: Elem> {
     old: &'a [E::Raw],

@@ -31,34 +31,13 @@ pub(super) fn slot(word: usize) -> usize {
     word % 8 * 8 + word / 8
 }
 
-/// How many bits of the masks of a tile's words are set before each word.
+/// How many bits of the masks of a tile's words are set.
 #[derive(Debug, Default)]
 pub(super) struct Counts {
     /// Before each column.
     pub(super) columns: [u16; 8],
-    /// Before each word, column by column.
+    /// Before each word in its column, column by column.
     pub(super) words: [[u16; 8]; 8],
-}
-
-/// How many bits of the masks of a tile's words are set: less than [`Counts`] tells, and sooner found.
-#[derive(Debug, Default)]
-pub(super) struct WordCounts {
-    /// Before each column.
-    pub(super) columns: [u16; 8],
-    /// In the words of each column, a byte each, the first lowest.
-    pub(super) words: [u64; 8],
-}
-
-impl WordCounts {
-    /// Before a word.
-    #[inline(always)]
-    pub(super) fn before(&self, word: usize) -> u32 {
-        let (column, row) = (word / 8 % 8, word % 8);
-        let bytes = self.words[column] & ((1 << (8 * row)) - 1);
-        // Their sum may take more than a byte.
-        let pairs = (bytes & 0x00ff_00ff_00ff_00ff) + (bytes >> 8 & 0x00ff_00ff_00ff_00ff);
-        u32::from(self.columns[column]) + (pairs.wrapping_mul(0x0001_0001_0001_0001) >> 48) as u32
-    }
 }
 
 /// Which instructions a codec may use.
@@ -231,34 +210,20 @@ pub(super) trait Isa: Copy {
         masks: &mut [[u64; WORDS]; MAX],
     );
 
-    /// Counts the set bits of each word, and returns how many there are in all.
-    #[inline(always)]
-    fn word_counts(self, masks: &[u64; WORDS], counts: &mut WordCounts) -> u32 {
-        let mut sum = 0;
-        for (column, (first, words)) in counts.columns.iter_mut().zip(&mut counts.words).enumerate() {
-            *first = sum;
-            *words = 0;
-            for row in 0..8 {
-                let count = masks[row * 8 + column].count_ones();
-                *words |= u64::from(count) << (8 * row);
-                sum += count as u16;
-            }
-        }
-        sum.into()
-    }
-
     /// Counts the set bits before each word, and returns how many there are in all.
     #[inline(always)]
     fn running_counts(self, masks: &[u64; WORDS], counts: &mut Counts) -> u32 {
-        let mut sum = 0;
+        let mut all = 0;
         for (column, (first, words)) in counts.columns.iter_mut().zip(&mut counts.words).enumerate() {
-            *first = sum;
+            *first = all;
+            let mut sum = 0;
             for (row, before) in words.iter_mut().enumerate() {
                 *before = sum;
                 sum += masks[row * 8 + column].count_ones() as u16;
             }
+            all += sum;
         }
-        sum.into()
+        all.into()
     }
 
     /// The entry of each key.

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::super::classes::Classes;
 use super::super::elem::Elem;
 use super::super::rans::{CHANCE_BITS, EncodeTable, LOWEST, TOTAL};
-use super::{Counts, Isa, LANES, MAX, MOST_LISTED, TILE, WORDS, WordCounts, slot};
+use super::{Counts, Isa, LANES, MAX, MOST_LISTED, TILE, WORDS, slot};
 
 /// The processor has AVX2, BMI1, BMI2, LZCNT and POPCNT.
 #[derive(Debug, Clone, Copy)]
@@ -251,54 +251,30 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
-    fn word_counts(self, masks: &[u64; WORDS], counts: &mut WordCounts) -> u32 {
-        // SAFETY: token; bounds: 8 of 64 words, 8 words and 8 columns.
-        unsafe {
-            // The counts of the rows in the bytes of each column, the first row lowest.
-            let mut words = _mm512_setzero_si512();
-            for row in (0..8).rev() {
-                let count = _mm512_popcnt_epi64(_mm512_loadu_si512(masks.as_ptr().add(8 * row).cast()));
-                words = _mm512_or_si512(_mm512_slli_epi64::<8>(words), count);
-            }
-            _mm512_storeu_si512(counts.words.as_mut_ptr().cast(), words);
-            let columns = _mm512_cvtepi64_epi16(_mm512_sad_epu8(words, _mm512_setzero_si512()));
-            let mut sum = _mm_add_epi16(columns, _mm_slli_si128::<2>(columns));
-            sum = _mm_add_epi16(sum, _mm_slli_si128::<4>(sum));
-            sum = _mm_add_epi16(sum, _mm_slli_si128::<8>(sum));
-            _mm_storeu_si128(counts.columns.as_mut_ptr().cast(), _mm_sub_epi16(sum, columns));
-            _mm_extract_epi16::<7>(sum) as u32
-        }
-    }
-
-    #[inline(always)]
     fn running_counts(self, masks: &[u64; WORDS], counts: &mut Counts) -> u32 {
-        // SAFETY: token; bounds: 8 of 64 words, halves of 64 counts.
+        // SAFETY: token; bounds: 8 of 64 words, halves of 64 counts, 8 columns.
         unsafe {
-            let mut rows = [_mm512_setzero_si512(); 8];
-            let mut total = rows[0];
-            for (row, count) in rows.iter_mut().enumerate() {
-                *count = _mm512_popcnt_epi64(_mm512_loadu_si512(masks.as_ptr().add(8 * row).cast()));
-                total = _mm512_add_epi64(total, *count);
+            let mut sum = _mm512_setzero_si512();
+            let mut rows = [sum; 8];
+            for (row, before) in rows.iter_mut().enumerate() {
+                *before = sum;
+                let masks = _mm512_loadu_si512(masks.as_ptr().add(8 * row).cast());
+                sum = _mm512_add_epi64(sum, _mm512_popcnt_epi64(masks));
             }
-            // What is in the columns before each: a running sum over the lanes.
-            let zero = _mm512_setzero_si512();
-            let mut sum = total;
-            sum = _mm512_add_epi64(sum, _mm512_alignr_epi64::<7>(sum, zero));
-            sum = _mm512_add_epi64(sum, _mm512_alignr_epi64::<6>(sum, zero));
-            sum = _mm512_add_epi64(sum, _mm512_alignr_epi64::<4>(sum, zero));
-            let all = _mm512_extracti64x2_epi64::<3>(sum);
-            let before = _mm512_sub_epi64(sum, total);
-            _mm_storeu_si128(counts.columns.as_mut_ptr().cast(), _mm512_cvtepi64_epi16(before));
             let [a, b, c, d, e, f, g, h] = rows;
-            let (low, before) = self.running_quarters([a, b, c, d], before);
-            let (high, _) = self.running_quarters([e, f, g, h], before);
+            let (low, high) = (self.quarters([a, b, c, d]), self.quarters([e, f, g, h]));
             let columns = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
             let first = _mm512_permutex2var_epi64(low, columns, high);
             let columns = _mm512_add_epi64(columns, _mm512_set1_epi64(4));
             let last = _mm512_permutex2var_epi64(low, columns, high);
             _mm512_storeu_si512(counts.words.as_mut_ptr().cast(), first);
             _mm512_storeu_si512(counts.words.as_mut_ptr().add(4).cast(), last);
-            _mm_extract_epi64::<1>(all) as u32
+            let columns = _mm512_cvtepi64_epi16(sum);
+            let mut sum = _mm_add_epi16(columns, _mm_slli_si128::<2>(columns));
+            sum = _mm_add_epi16(sum, _mm_slli_si128::<4>(sum));
+            sum = _mm_add_epi16(sum, _mm_slli_si128::<8>(sum));
+            _mm_storeu_si128(counts.columns.as_mut_ptr().cast(), _mm_sub_epi16(sum, columns));
+            _mm_extract_epi16::<7>(sum) as u32
         }
     }
 
@@ -565,17 +541,14 @@ impl LookUp for Wide<'_> {
 }
 
 impl Avx512 {
-    /// In the quarters of each lane, what is in `before` and in the rows before each of four; and what is in all.
+    /// Numbers below 2^16 in the quarters of each lane.
     #[inline(always)]
-    fn running_quarters(self, rows: [__m512i; 4], before: __m512i) -> (__m512i, __m512i) {
+    fn quarters(self, [a, b, c, d]: [__m512i; 4]) -> __m512i {
         // SAFETY: token.
         unsafe {
-            let second = _mm512_add_epi64(before, rows[0]);
-            let third = _mm512_add_epi64(second, rows[1]);
-            let fourth = _mm512_add_epi64(third, rows[2]);
-            let low = _mm512_or_si512(before, _mm512_slli_epi64::<16>(second));
-            let high = _mm512_or_si512(_mm512_slli_epi64::<32>(third), _mm512_slli_epi64::<48>(fourth));
-            (_mm512_or_si512(low, high), _mm512_add_epi64(fourth, rows[3]))
+            let low = _mm512_or_si512(a, _mm512_slli_epi64::<16>(b));
+            let high = _mm512_or_si512(_mm512_slli_epi64::<32>(c), _mm512_slli_epi64::<48>(d));
+            _mm512_or_si512(low, high)
         }
     }
 
