@@ -120,7 +120,7 @@ impl Census {
         stats.magnitude += magnitude.min(MAX_MAGNITUDE) * weight;
     }
 
-    /// Counts changes: of old values with these keys, each above a sign, by these steps, each a magnitude less 1 above
+    /// Counts changes: of old values with these keys, each below a sign, by these steps, each a magnitude less 1 above
     /// a sign.
     #[inline(always)]
     pub(super) fn changes(&mut self, olds: &[u16], steps: &[u64]) {
@@ -128,7 +128,7 @@ impl Census {
         let mut tables = [[(0u64, 0u64); 256]; 4];
         for (olds, steps) in olds.chunks(4).zip(steps.chunks(4)) {
             for ((&old, &step), table) in olds.iter().zip(steps).zip(&mut tables) {
-                let (changed, magnitude) = &mut table[usize::from(old >> 1) % 256];
+                let (changed, magnitude) = &mut table[usize::from(old & 0xff)];
                 *changed += 1;
                 *magnitude += ((step >> 1) + 1).min(MAX_MAGNITUDE);
             }

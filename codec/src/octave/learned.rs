@@ -222,7 +222,7 @@ fn skewed(layout: Layout, survey: &Survey, count: usize) -> Layout {
     let columns = layout.columns();
     let mut sums = vec![0i64; layout.columns];
     for (at, old, step) in survey.changes() {
-        let up = moves_up(old & 1 == 1, step & 1 == 1);
+        let up = moves_up(old >> 8 == 1, step & 1 == 1);
         if let Some(sum) = sums.get_mut(columns.of(at)) {
             *sum += if up { 1 } else { -1 };
         }
@@ -235,8 +235,8 @@ fn encode_steps(bits: u32, layout: Layout, survey: &Survey) -> Vec<u8> {
     let (mut model, columns) = (Model::new(layout.columns), layout.columns());
     let mut coder = Encoder::default();
     for (at, old, step) in survey.changes() {
-        let octave = usize::from(old >> 1 >> layout.shift);
-        let known = ((step >> 1).wrapping_add(1), moves_up(old & 1 == 1, step & 1 == 1));
+        let octave = usize::from(old & 0xff) >> layout.shift;
+        let known = ((step >> 1).wrapping_add(1), moves_up(old >> 8 == 1, step & 1 == 1));
         model.step(&mut coder, octave, columns.of(at), bits, known);
     }
     coder.finish()

@@ -20,6 +20,10 @@ const OCTAVE: i64 = 2;
 /// The changes of a block, class by class.
 #[derive(Debug, Default)]
 pub(super) struct Lists {
+    /// The rank of each change, above its sign bit.
+    ranks: Vec<u32>,
+    /// The step of each change, as in the survey.
+    steps: Vec<u64>,
     /// The gap before each change, above its sign bit.
     gaps: Vec<u32>,
     /// The end of each class's changes.
@@ -55,6 +59,8 @@ impl Lists {
             sum += stats.changed as usize;
             *end = sum;
         }
+        self.ranks.resize(sum.max(self.ranks.len()), 0);
+        self.steps.resize(sum.max(self.steps.len()), 0);
         self.gaps.resize(sum.max(self.gaps.len()), 0);
         self.large.resize(sum.max(self.large.len()), (0, 0));
         level.run(Rank { survey, classes: &classes, lists: self, tile });
@@ -88,38 +94,45 @@ impl Kernel for Rank<'_> {
     fn run<I: Isa>(self, isa: I) {
         let Self { survey, classes, lists, tile } = self;
         let table = classes.table();
-        // The rank behind the last change of each class, counted from the tile's first element of it; wraps.
-        let mut next = [0u32; MAX];
-        let mut starts = [0; MAX];
-        starts[1..].copy_from_slice(&lists.ends[..MAX - 1]);
-        let mut at = starts;
-        let keys = survey.keys().chunks(TILE);
-        let Lists { gaps, large, .. } = lists;
-        let (gaps, large) = (&mut gaps[..], &mut large[..]);
-        let mut large_at = starts;
-        for (keys, changes) in keys.zip(survey.tiles()) {
-            tile.fill_keys(isa, keys, classes, &table);
-            for ((&place, &old), &step) in changes.places.iter().zip(changes.olds).zip(changes.steps) {
-                let class = usize::from(table[usize::from(old >> 1) % 256]) % MAX;
-                let rank = tile.rank_of(class, usize::from(place) % TILE);
-                let index = at[class];
-                if let Some(gap) = gaps.get_mut(index) {
-                    *gap = rank.wrapping_sub(next[class]) << 1 | (step & 1) as u32;
+        let Lists { ranks, steps, gaps, ends, large, large_counts } = lists;
+        let mut at = [0; MAX];
+        at[1..].copy_from_slice(&ends[..MAX - 1]);
+        let starts = at;
+        let mut seen = [0u32; MAX];
+        {
+            let (ranks, steps) = (&mut ranks[..], &mut steps[..]);
+            for (keys, changes) in survey.keys().chunks(TILE).zip(survey.tiles()) {
+                tile.fill_keys(isa, keys, classes, &table);
+                for ((&place, &old), &step) in changes.places.iter().zip(changes.olds).zip(changes.steps) {
+                    let class = usize::from(table[usize::from(old.to_le_bytes()[0])]) % MAX;
+                    let rank = seen[class] + tile.rank_of(class, usize::from(place) % TILE);
+                    if let (Some(to), Some(to_step)) = (ranks.get_mut(at[class]), steps.get_mut(at[class])) {
+                        *to = rank << 1 | (step & 1) as u32;
+                        *to_step = step;
+                    }
+                    at[class] += 1;
                 }
-                // Written in any case: a branch would be mispredicted.
-                if let Some(large) = large.get_mut(large_at[class]) {
-                    *large = ((index - starts[class]) as u32, step >> 1);
+                for (class, seen) in seen.iter_mut().enumerate().take(classes.count()) {
+                    *seen += tile.count(class);
                 }
-                large_at[class] += usize::from(step > 1);
-                at[class] = index + 1;
-                next[class] = rank + 1;
-            }
-            for (class, next) in next.iter_mut().enumerate().take(classes.count()) {
-                *next = next.wrapping_sub(tile.count(class));
             }
         }
-        for ((count, end), start) in lists.large_counts.iter_mut().zip(large_at).zip(starts) {
-            *count = end - start;
+        for ((start, &end), count) in starts.into_iter().zip(&*ends).zip(large_counts).take(classes.count()) {
+            let (ranks, gaps) = (&ranks[start..end], &mut gaps[start..end]);
+            if let (Some(first), Some(to)) = (ranks.first(), gaps.first_mut()) {
+                *to = *first;
+            }
+            for (pair, gap) in ranks.windows(2).zip(gaps.iter_mut().skip(1)) {
+                // Their signs stay where they are.
+                *gap = pair[1].wrapping_sub(pair[0] & !1).wrapping_sub(2);
+            }
+            let (large, mut found) = (&mut large[start..end], 0);
+            for (index, &step) in (0..).zip(&steps[start..end]) {
+                // Written in any case: a branch would be mispredicted.
+                large[found] = (index, step >> 1);
+                found += usize::from(step > 1);
+            }
+            *count = found;
         }
     }
 }

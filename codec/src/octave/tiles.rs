@@ -94,7 +94,7 @@ pub(super) struct Survey {
     places: Vec<u16>,
     /// How the element at each place changes: its magnitude less 1, above its sign.
     steps: Vec<u64>,
-    /// The key of the old element at each place, above its sign.
+    /// The sign of the old element at each place, above its key.
     olds: Vec<u16>,
     /// Where the changes of each tile end.
     ends: Vec<usize>,
@@ -238,7 +238,7 @@ fn describe<E: Elem>(tile: (&[E::Raw], &[E::Raw]), places: &[u16], steps: &mut [
         for (((step, old), from), to) in steps.iter_mut().zip(olds).zip(from).zip(to) {
             let change = to.minus(from);
             *step = change.magnitude().wide().wrapping_sub(1) << 1 | u64::from(change.is_negative());
-            *old = u16::from(from.key()) << 1 | u16::from(from.is_negative());
+            *old = u16::from(from.is_negative()) << 8 | u16::from(from.key());
         }
     }
 }
