@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use safetensors::tensor::Metadata;
 use serde::Serialize;
 use serde::ser::SerializeMap;
@@ -42,22 +42,10 @@ pub trait ByteSource: Send + Sync {
         let length = usize::try_from(range.end - range.start).map_err(|_| {
             Error::unsupported(format!("bytes {range:?} do not fit in this machine's memory"))
         })?;
-        let mut buffer = aligned(length);
+        let mut buffer = vec![0; length];
         self.read_at(range.start, &mut buffer)?;
-        Ok(buffer.freeze())
+        Ok(buffer.into())
     }
-}
-
-/// What weights are read to begins with a line of the cache: codecs read 64 bytes at a time, and what lies on two lines
-/// takes twice as long.
-const ALIGNMENT: usize = 64;
-
-/// Zeros that begin at a multiple of [`ALIGNMENT`].
-fn aligned(length: usize) -> BytesMut {
-    let mut buffer = BytesMut::zeroed(length.saturating_add(ALIGNMENT - 1));
-    let offset = buffer.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT - 1);
-    buffer.truncate(offset + length);
-    buffer.split_off(offset)
 }
 
 impl ByteSource for Bytes {
