@@ -38,7 +38,7 @@ fn write<C: Content>(blocks: impl Iterator<Item = C>, out: &mut Vec<u8>) {
     while let Some(content) = blocks.next() {
         content.copy(&mut plain);
         adler.write(plain.get(..content.len()).unwrap_or_default());
-        parts.take(&content, &mut |_| {});
+        parts.take(&content);
         block(&parts, blocks.peek().is_none(), &mut bits);
     }
     bits.end();

@@ -26,7 +26,7 @@ mod sparse;
 mod tiles;
 mod tokens;
 
-pub(crate) use simd::{MOST_LISTED, list_changes, read_on};
+pub(crate) use simd::{MOST_LISTED, list_changes};
 
 use std::cell::RefCell;
 use std::num::NonZeroUsize;

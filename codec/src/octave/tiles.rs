@@ -116,8 +116,8 @@ impl Survey {
         self.keys.resize(keys.max(self.keys.len()), 0);
         self.elements = old.len();
         self.ends.clear();
-        // A tile more than may be found: it is noticed behind the tile.
-        let room = most.min(old.len()) + STRETCH.max(TILE) + 64;
+        // A stretch more than may be found: it is noticed behind the stretch.
+        let room = most.min(old.len()) + stretch::<E>() + 64;
         self.places.resize(room.max(self.places.len()), 0);
         self.steps.resize(room.max(self.steps.len()), 0);
         self.olds.resize(room.max(self.olds.len()), 0);
@@ -161,8 +161,16 @@ pub(super) struct Changes<'a> {
     pub(super) olds: &'a [u16],
 }
 
+/// About the bytes of the old elements that are looked through before anything else is done with them: what the
+/// processor fetches ahead stops when something comes between. They stay in the cache with the new ones.
 const STRETCH: usize = 1 << 17;
 
+/// The elements of a stretch, whole tiles.
+fn stretch<E: Elem>() -> usize {
+    (STRETCH / size_of::<E::Raw>()).next_multiple_of(TILE)
+}
+
+/// Finds what differs.
 struct Find<'a, E: Elem> {
     old: &'a [E::Raw],
     new: &'a [E::Raw],
@@ -180,7 +188,7 @@ impl<E: Elem> Kernel for Find<'_, E> {
         let Survey { keys, places, steps, olds, ends, .. } = self.survey;
         let (places, steps, olds) = (&mut places[..], &mut steps[..], &mut olds[..]);
         let (mut found, mut done) = (0, 0);
-        let stretch = (STRETCH / size_of::<E::Raw>()).next_multiple_of(TILE);
+        let stretch = stretch::<E>();
         let stretches = self.old.chunks(stretch).zip(self.new.chunks(stretch)).zip(keys.chunks_mut(stretch));
         for ((old, new), keys) in stretches {
             let (first, first_end) = (found, ends.len());
@@ -191,29 +199,26 @@ impl<E: Elem> Kernel for Find<'_, E> {
                 let mut first = 0;
                 for ((old, new), keys) in olds.iter().zip(news).zip(keys.iter_mut()) {
                     let mask = isa.differing::<E>(old, new, keys);
-                    let Some(places) = places[found..].first_chunk_mut() else { break };
-                    found += isa.places(mask, first, places);
+                    found += isa.places(mask, first, places[found..].first_chunk_mut()?);
                     first += 64;
                 }
-                if let (false, Some(keys), Some(places)) =
-                    (old_rest.is_empty(), keys.get_mut(olds.len()), places[found..].first_chunk_mut())
-                {
+                if let (false, Some(keys)) = (old_rest.is_empty(), keys.get_mut(olds.len())) {
                     // What fills the last word is the same on both sides.
                     let mut pair = [[E::default().store(); 64]; 2];
                     pair[0][..old_rest.len()].copy_from_slice(old_rest);
                     pair[1][..new_rest.len()].copy_from_slice(new_rest);
                     let mask = isa.differing::<E>(&pair[0], &pair[1], keys);
-                    found += isa.places(mask, first, places);
+                    found += isa.places(mask, first, places[found..].first_chunk_mut()?);
                 }
                 ends.push(found);
+            }
+            if found > self.most {
+                return None;
             }
             let mut start = first;
             for ((old, new), &end) in old.chunks(TILE).zip(new.chunks(TILE)).zip(&ends[first_end..]) {
                 let tile = std::mem::replace(&mut start, end)..end;
                 describe::<E>((old, new), &places[tile.clone()], &mut steps[tile.clone()], &mut olds[tile]);
-            }
-            if found > self.most {
-                return None;
             }
             done += size_of_val(old);
             (self.read)(done);

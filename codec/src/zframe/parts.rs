@@ -81,9 +81,8 @@ impl Parts {
         }
     }
 
-    /// Takes a block apart. Its first byte is a literal whatever it is, and every run has literals before it. Calls
-    /// `read` with the end of each stretch when it is done with it.
-    pub(crate) fn take(&mut self, content: &impl Content, read: &mut dyn FnMut(usize)) {
+    /// Takes a block apart. Its first byte is a literal whatever it is, and every run has literals before it.
+    pub(crate) fn take(&mut self, content: &impl Content) {
         self.sequences.clear();
         self.count = 0;
         let chunks = content.len() / 64;
@@ -114,7 +113,6 @@ impl Parts {
                     done += 1;
                 }
             }
-            read(end * 64);
         }
         for (at, byte) in (chunks * 64..).zip(content.rest()) {
             if byte != cut.last {

@@ -11,7 +11,6 @@ use towline_core::{Error, Result};
 
 use super::pack::Tables;
 use super::parts::{Content, Parts, Plain, Xor};
-use crate::octave::read_on;
 
 /// The longest block that the format allows.
 pub(crate) const BLOCK: usize = 128 << 10;
@@ -102,7 +101,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Ends the frame with `left ^ right`, which are of one length. Nothing was written before. Calls `read` with the end
-    /// of each stretch that it is done with.
+    /// of each block that it is done with.
     ///
     /// # Errors
     /// `Internal` if that does not have the length that the frame's header says.
@@ -113,17 +112,13 @@ impl<'a> Writer<'a> {
         read: &mut dyn FnMut(usize),
     ) -> Result<()> {
         let blocks = left.len().min(right.len()).div_ceil(BLOCK);
-        let mut told = 0;
-        for (index, pair) in left.chunks(BLOCK).zip(right.chunks(BLOCK)).enumerate() {
-            let start = index * BLOCK;
-            self.block(&Xor(pair.0, pair.1), index + 1 == blocks, &mut |end| {
-                read_on(told..start + end, [left, right], read);
-                told = start + end;
-            });
+        for (index, (left, right)) in left.chunks(BLOCK).zip(right.chunks(BLOCK)).enumerate() {
+            self.block(&Xor(left, right), index + 1 == blocks);
+            // Not sooner: the processor fetches what comes next as long as nothing comes between.
+            read(index * BLOCK + left.len());
         }
-        read(left.len());
         if blocks == 0 {
-            self.block(&Plain(&[]), true, &mut |_| {});
+            self.block(&Plain(&[]), true);
         }
         self.check()
     }
@@ -140,17 +135,17 @@ impl<'a> Writer<'a> {
 
     fn pending_block(&mut self, last: bool) {
         let mut pending = std::mem::take(&mut self.buffers.pending);
-        self.block(&Plain(&pending), last, &mut |_| {});
+        self.block(&Plain(&pending), last);
         pending.clear();
         self.buffers.pending = pending;
     }
 
-    fn block(&mut self, content: &impl Content, last: bool, read: &mut dyn FnMut(usize)) {
+    fn block(&mut self, content: &impl Content, last: bool) {
         const STORED: u32 = 0;
         const RUN: u32 = 1;
         const PACKED: u32 = 2;
         let Buffers { parts, scratch, .. } = &mut *self.buffers;
-        parts.take(content, read);
+        parts.take(content);
         let mut tables = Tables::default();
         let (kind, size, length) = if parts.count == 1 && self.written > 0 {
             // Some old decoders refuse a run as the first block, so that is packed.

@@ -13,8 +13,6 @@
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-use std::ops::Range;
-
 use super::classes::{Classes, MAX};
 use super::elem::Elem;
 use super::rans::{EncodeTable, LANES};
@@ -102,9 +100,6 @@ impl Instructions {
     }
 }
 
-/// The bytes that are called read at a time.
-const STRETCH: usize = 2048;
-
 /// Has `bytes` come into the cache while other work is done.
 #[inline(always)]
 pub(super) fn prefetch(bytes: &[u8]) {
@@ -112,19 +107,6 @@ pub(super) fn prefetch(bytes: &[u8]) {
     x86::prefetch(bytes);
     #[cfg(not(target_arch = "x86_64"))]
     let _ = bytes;
-}
-
-/// Calls `read` with the end of each stretch of `done`. Whoever is told digests it. Meanwhile what stands in `sources`
-/// as far behind as `done` is long comes from memory.
-pub(crate) fn read_on(done: Range<usize>, sources: [&[u8]; 2], read: &mut dyn FnMut(usize)) {
-    for start in done.clone().step_by(STRETCH) {
-        let end = done.end.min(start + STRETCH);
-        for source in sources {
-            let behind = source.get(start + done.len()..).unwrap_or_default();
-            prefetch(&behind[..behind.len().min(STRETCH)]);
-        }
-        read(end);
-    }
 }
 
 /// Lists where bytes of `left ^ right` differ from the byte before, which for the first one is `before`: the place,
