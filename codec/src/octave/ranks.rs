@@ -95,26 +95,24 @@ impl Kernel for Rank<'_> {
         let Self { survey, classes, lists, tile } = self;
         let table = classes.table();
         let Lists { ranks, steps, gaps, ends, large, large_counts } = lists;
-        let mut at = [0; MAX];
-        at[1..].copy_from_slice(&ends[..MAX - 1]);
-        let starts = at;
-        let mut seen = [0u32; MAX];
-        {
-            let (ranks, steps) = (&mut ranks[..], &mut steps[..]);
-            for (keys, changes) in survey.keys().chunks(TILE).zip(survey.tiles()) {
-                tile.fill_keys(isa, keys, classes, &table);
-                for ((&place, &old), &step) in changes.places.iter().zip(changes.olds).zip(changes.steps) {
-                    let class = usize::from(table[usize::from(old.to_le_bytes()[0])]) % MAX;
-                    let rank = seen[class] + tile.rank_of(class, usize::from(place) % TILE);
-                    if let (Some(to), Some(to_step)) = (ranks.get_mut(at[class]), steps.get_mut(at[class])) {
-                        *to = rank << 1 | (step & 1) as u32;
-                        *to_step = step;
-                    }
-                    at[class] += 1;
+        let (ranks, steps) = (&mut ranks[..], &mut steps[..]);
+        let mut starts = [0; MAX];
+        starts[1..].copy_from_slice(&ends[..MAX - 1]);
+        // Where the next change of each class goes, and how many elements of it are in the tiles before.
+        let (mut at, mut seen) = (starts, [0u32; MAX]);
+        for (keys, changes) in survey.keys().chunks(TILE).zip(survey.tiles()) {
+            tile.fill_keys(isa, keys, classes, &table);
+            for ((&place, &old), &step) in changes.places.iter().zip(changes.olds).zip(changes.steps) {
+                let class = usize::from(table[usize::from(old & 0xff)]) % MAX;
+                let rank = seen[class] + tile.rank_of(class, usize::from(place) % TILE);
+                if let (Some(to), Some(to_step)) = (ranks.get_mut(at[class]), steps.get_mut(at[class])) {
+                    *to = rank << 1 | (step & 1) as u32;
+                    *to_step = step;
                 }
-                for (class, seen) in seen.iter_mut().enumerate().take(classes.count()) {
-                    *seen += tile.count(class);
-                }
+                at[class] += 1;
+            }
+            for (class, seen) in seen.iter_mut().enumerate().take(classes.count()) {
+                *seen += tile.count(class);
             }
         }
         for ((start, &end), count) in starts.into_iter().zip(&*ends).zip(large_counts).take(classes.count()) {
@@ -123,7 +121,7 @@ impl Kernel for Rank<'_> {
                 *to = *first;
             }
             for (pair, gap) in ranks.windows(2).zip(gaps.iter_mut().skip(1)) {
-                // Their signs stay where they are.
+                // The elements between both, above the sign, which stays.
                 *gap = pair[1].wrapping_sub(pair[0] & !1).wrapping_sub(2);
             }
             let (large, mut found) = (&mut large[start..end], 0);
