@@ -1,11 +1,14 @@
 //! What processors of this architecture do faster.
 
+mod tables;
+
 use std::arch::x86_64::*;
 
 use super::super::classes::Classes;
 use super::super::elem::Elem;
 use super::super::rans::{CHANCE_BITS, EncodeTable, LOWEST, TOTAL};
 use super::{Counts, Isa, LANES, MAX, MOST_LISTED, TILE, WORDS, slot};
+use tables::{BYTE_NUMBERS, BYTES_OF_EIGHTS, EVEN_BYTES, LAST_FIRST, UNIT_VECTORS};
 
 /// The processor has AVX2, BMI1, BMI2, LZCNT and POPCNT.
 #[derive(Debug, Clone, Copy)]
@@ -14,42 +17,6 @@ pub(super) struct Avx2(pub(super) ());
 /// The processor has what [`Avx2`] says, AVX-512 F, BW, DQ, VL, VBMI, VBMI2 and VPOPCNTDQ, and GFNI.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Avx512(pub(super) ());
-
-const BYTE_NUMBERS: [u8; 64] = multiples_of(1);
-const EVEN_BYTES: [u8; 64] = multiples_of(2);
-
-/// The bytes of each eight, the last first.
-const LAST_FIRST: [u8; 64] = {
-    let mut places = multiples_of(1);
-    let mut at = 0;
-    while at < 64 {
-        places[at] ^= 7;
-        at += 1;
-    }
-    places
-};
-/// The first byte of each eight, the second of each, and so on.
-const BYTES_OF_EIGHTS: [u8; 64] = {
-    let mut places = [0; 64];
-    let mut at = 0;
-    while at < 64 {
-        places[at] = (at % 8 * 8 + at / 8) as u8;
-        at += 1;
-    }
-    places
-};
-/// Eight bytes with one bit each, the lowest first.
-const UNIT_VECTORS: i64 = 0x8040_2010_0804_0201_u64.cast_signed();
-
-const fn multiples_of(number: u8) -> [u8; 64] {
-    let mut multiples = [0; 64];
-    let mut at = 0;
-    while at < 64 {
-        multiples[at] = at as u8 * number;
-        at += 1;
-    }
-    multiples
-}
 
 /// Fills masks from `at_least(keys of a word, bound)`.
 #[inline(always)]
