@@ -71,7 +71,10 @@ pub trait Codec: Debug + Send + Sync + 'static {
 
     /// As [`Codec::encode`], and says how far it has read: calls `read` with the end of each stretch of the unit, in
     /// order, while the stretch's old and new bytes are in the processor's cache. The pipeline then digests them
-    /// without fetching them again. What is not told by the end counts as read then. Default: tells nothing.
+    /// without fetching them again. A codec that took the digest in its own pass hands it over: the
+    /// [`block_digest`](crate::block_digest) of the new bytes since the last call, which are a block of
+    /// [`DIGEST_BLOCK`](crate::DIGEST_BLOCK) of the unit, or its last and shorter one. What is not told by the end
+    /// counts as read then. Default: tells nothing.
     ///
     /// # Errors
     /// As [`Codec::encode`].
@@ -81,7 +84,7 @@ pub trait Codec: Debug + Send + Sync + 'static {
         parent: Option<&[u8]>,
         current: &[u8],
         out: &mut Vec<u8>,
-        _read: &mut dyn FnMut(usize),
+        _read: &mut dyn FnMut(usize, Option<u128>),
     ) -> Result<()> {
         self.encode(unit, parent, current, out)
     }
@@ -153,7 +156,7 @@ macro_rules! forward {
             fn encode(&self, unit: &UnitMeta<'_>, parent: Option<&[u8]>, current: &[u8], out: &mut Vec<u8>) -> Result<()> {
                 (**self).encode(unit, parent, current, out)
             }
-            fn encode_reading(&self, unit: &UnitMeta<'_>, parent: Option<&[u8]>, current: &[u8], out: &mut Vec<u8>, read: &mut dyn FnMut(usize)) -> Result<()> {
+            fn encode_reading(&self, unit: &UnitMeta<'_>, parent: Option<&[u8]>, current: &[u8], out: &mut Vec<u8>, read: &mut dyn FnMut(usize, Option<u128>)) -> Result<()> {
                 (**self).encode_reading(unit, parent, current, out, read)
             }
             fn decode(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8]) -> Result<()> {

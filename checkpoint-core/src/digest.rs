@@ -86,6 +86,15 @@ impl BlockHasher {
         }
     }
 
+    /// Goes on with a block whose digest was taken elsewhere: the blocks before it are whole, and it is whole or the
+    /// last.
+    pub(crate) fn push(&mut self, digest: u128) {
+        if self.filled > 0 {
+            self.close();
+        }
+        self.done.push(digest);
+    }
+
     fn close(&mut self) {
         self.done.push(std::mem::take(&mut self.open).finish_128());
         self.filled = 0;

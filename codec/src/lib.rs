@@ -57,6 +57,7 @@ mod lz4;
 mod octave;
 mod raw;
 mod xor;
+mod xxh3;
 #[cfg(feature = "zstd")]
 mod zframe;
 #[cfg(feature = "zstd")]

@@ -225,7 +225,7 @@ mod tests {
             let mut frame = Vec::new();
             let other: Vec<u8> = content.iter().map(|byte| byte ^ 0x5a).collect();
             Writer::new(&mut frame, content.len())
-                .finish_with_xor(&other, &vec![0x5a; content.len()], &mut |_| {})
+                .finish_with_xor(&other, &vec![0x5a; content.len()], &mut |_, _| {})
                 .unwrap();
             assert!(
                 Frame::open(&frame).unwrap().read_to_vec().unwrap() == content,

@@ -31,7 +31,7 @@ impl Zstd {
     fn pack(self, mask: Mask<'_>, out: &mut Vec<u8>) -> Result<()> {
         match (mask, self.level) {
             (Mask::Xor(left, right), None) => {
-                Writer::new(out, left.len()).finish_with_xor(left, right, &mut |_| {})
+                Writer::new(out, left.len()).finish_with_xor(left, right, &mut |_, _| {})
             }
             (Mask::Plain(bytes), level) => pack(bytes, level.unwrap_or(BASE_LEVEL), out),
             (mask @ Mask::Xor(..), Some(level)) => pack(mask.bytes(&mut Vec::new()), level, out),

@@ -20,8 +20,8 @@ use towline_core::pipeline::{self, Decode, Limits};
 use towline_core::safetensors::ByteSource;
 use towline_core::shard::{ContainerWriter, MAGIC, ShardIndex};
 use towline_core::{
-    Codec, DType, ErrorKind, ManifestDigest, Mode, Result, TensorDigest, TensorMeta, TensorSource, Unit,
-    Weights,
+    Codec, DIGEST_BLOCK, DType, ErrorKind, ManifestDigest, Mode, Result, TensorDigest, TensorMeta,
+    TensorSource, Unit, UnitMeta, Weights, block_digest,
 };
 
 const MODES: [Mode; 2] = [Mode::Base, Mode::Delta];
@@ -79,6 +79,46 @@ fn all_instructions_write_the_same_and_read_what_the_others_wrote() {
         assert!(seen.contains(&("Delta".to_owned(), 3, width, true)), "no dense delta of {width} bits");
     }
     assert!(seen.iter().any(|(_, form, ..)| *form == 0) && seen.iter().any(|(_, form, ..)| *form == 1));
+}
+
+/// What the codec digests while it compares: blocks that end with a tile, shortly behind one, within one, and short ones.
+#[test]
+fn digests_of_the_pass_are_those_of_the_blocks() {
+    const TILE: usize = 4096;
+    for (dtype, size) in [(DType::F8E4M3, 1), (DType::BF16, 2), (DType::F32, 4), (DType::I64, 8)] {
+        let lengths = [8, 240, 248, TILE * size, TILE * size + 56, TILE * size + 64, 3 * TILE * size - 8];
+        let large =
+            [DIGEST_BLOCK - 8, DIGEST_BLOCK, DIGEST_BLOCK + 8, DIGEST_BLOCK + 48 * 1024, 2 * DIGEST_BLOCK];
+        for length in lengths.into_iter().chain(large) {
+            let old: Vec<u8> =
+                (0..length as u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 23) as u8).collect();
+            let mut new = old.clone();
+            new.iter_mut().step_by(997).for_each(|byte| *byte ^= 1);
+            let meta = TensorMeta::new("w", dtype, [length / size]).unwrap();
+            let unit = UnitMeta::new(&meta, 0..length);
+            for level in Instructions::ALL {
+                let codec = Octave::default().with_instructions(level);
+                let (mut out, mut ends, mut digests) = (Vec::new(), vec![0], Vec::new());
+                let mut read = |end, digest| {
+                    digests.extend(digest);
+                    ends.push(end);
+                };
+                codec.encode_reading(&unit, Some(&old), &new, &mut out, &mut read).unwrap();
+                assert_eq!(ends.last(), Some(&length), "{dtype:?}, {length} bytes, {level:?}");
+                if level.available() == Instructions::Avx512 && length > 240 {
+                    // The last block may be too short to be digested in steps.
+                    let wanted: Vec<u128> = new
+                        .chunks(DIGEST_BLOCK)
+                        .filter(|block| block.len() > 240)
+                        .map(block_digest)
+                        .collect();
+                    assert_eq!(digests, wanted, "{dtype:?}, {length} bytes");
+                } else {
+                    assert_eq!(digests, [], "{dtype:?}, {length} bytes, {level:?}");
+                }
+            }
+        }
+    }
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use bytes::Bytes;
 
 use super::{Limits, spans};
-use crate::digest::BlockHasher;
+use crate::digest::{BlockHasher, DIGEST_BLOCK, block_digest};
 use crate::id::shown;
 use crate::tensor::same_tensors;
 use crate::{Codec, Error, Result, TensorDigest, TensorMeta, TensorSource, Unit, UnitMeta};
@@ -323,14 +323,23 @@ impl Span<'_> {
             let parent = pair.parent.as_ref().map(|parent| &parent[range.clone()]);
             let mut frame = Vec::new();
             let mut counted = 0;
-            let mut hash_to = |end: usize| {
+            let mut hash_to = |end: usize, digest: Option<u128>| {
                 // Elements stay whole.
                 let end = if end < range.len() { end & !7 } else { end };
                 let more = hashed..(range.start + end).clamp(hashed, range.end);
                 hashed = more.end;
                 let (current, parent) =
-                    (&pair.current[more.clone()], pair.parent.as_ref().map(|parent| &parent[more]));
-                hasher.update(current);
+                    (&pair.current[more.clone()], pair.parent.as_ref().map(|parent| &parent[more.clone()]));
+                // Blocks of the span are blocks of the tensor.
+                let block = more.start.is_multiple_of(DIGEST_BLOCK)
+                    && (more.len() == DIGEST_BLOCK || more.end == self.range.len());
+                match digest.filter(|_| block && more.len() <= DIGEST_BLOCK) {
+                    Some(digest) => {
+                        debug_assert_eq!(digest, block_digest(current), "a digest that {} took", codec.id());
+                        hasher.push(digest);
+                    }
+                    None => hasher.update(current),
+                }
                 if let (Some(parent), false) = (parent, known) {
                     parent_hasher.update(parent);
                 }
@@ -343,7 +352,7 @@ impl Span<'_> {
             codec.encode_reading(&unit, parent, current, &mut frame, &mut hash_to).map_err(|error| {
                 error.context(format_args!("tensor `{}`, byte {}", unit.name, unit.offset))
             })?;
-            hash_to(range.len());
+            hash_to(range.len(), None);
             done.changed += match parent.and_then(|_| codec.changed(&unit, &frame)) {
                 Some(changed) => changed,
                 None if codec.unit() == Unit::Whole => counted,

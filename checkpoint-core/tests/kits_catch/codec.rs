@@ -27,6 +27,7 @@ enum Fault {
     HalfCompose,
     RemembersUnits,
     ReadsTooFar,
+    OtherDigest,
     OtherWhenReading,
     OtherWhenWriting,
     HandsOnOther,
@@ -113,10 +114,11 @@ impl Codec for Broken {
         parent: Option<&[u8]>,
         current: &[u8],
         out: &mut Vec<u8>,
-        read: &mut dyn FnMut(usize),
+        read: &mut dyn FnMut(usize, Option<u128>),
     ) -> Result<()> {
         self.encode(unit, parent, current, out)?;
-        read(current.len() + usize::from(self.is(Fault::ReadsTooFar)));
+        let digest = self.is(Fault::OtherDigest).then_some(7);
+        read(current.len() + usize::from(self.is(Fault::ReadsTooFar)), digest);
         if self.is(Fault::OtherWhenReading) {
             out.push(0);
         }
@@ -196,7 +198,7 @@ fn faults(law: &str) -> &'static [Fault] {
         "modes_are_honest" => &[Fault::HiddenMode, Fault::EmptyPromise],
         "round_trip" => &[Fault::LosesABit, Fault::OtherWhenWriting, Fault::HandsOnOther],
         "append_only" => &[Fault::ClearsTheOutput],
-        "deterministic" => &[Fault::Counts, Fault::ReadsTooFar, Fault::OtherWhenReading],
+        "deterministic" => &[Fault::Counts, Fault::ReadsTooFar, Fault::OtherDigest, Fault::OtherWhenReading],
         "dirty_target" => &[Fault::TrustsTheTarget],
         "truncation_is_an_error" => &[Fault::TakesShortFrames],
         "noise_never_panics" => &[Fault::PanicsOnLongFrames],

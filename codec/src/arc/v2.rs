@@ -34,7 +34,7 @@ impl Codec for ArcV2 {
         current: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<()> {
-        self.encode_reading(unit, parent, current, out, &mut |_| {})
+        self.encode_reading(unit, parent, current, out, &mut |_, _| {})
     }
 
     fn encode_reading(
@@ -43,7 +43,7 @@ impl Codec for ArcV2 {
         parent: Option<&[u8]>,
         current: &[u8],
         out: &mut Vec<u8>,
-        read: &mut dyn FnMut(usize),
+        read: &mut dyn FnMut(usize, Option<u128>),
     ) -> Result<()> {
         let parent = parent_of(unit, parent, current)?;
         Writer::new(out, current.len()).finish_with_xor(parent, current, read)

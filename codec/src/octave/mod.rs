@@ -128,7 +128,7 @@ impl Codec for Octave {
         current: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<()> {
-        self.encode_reading(unit, parent, current, out, &mut |_| {})
+        self.encode_reading(unit, parent, current, out, &mut |_, _| {})
     }
 
     fn encode_reading(
@@ -137,7 +137,7 @@ impl Codec for Octave {
         parent: Option<&[u8]>,
         current: &[u8],
         out: &mut Vec<u8>,
-        read: &mut dyn FnMut(usize),
+        read: &mut dyn FnMut(usize, Option<u128>),
     ) -> Result<()> {
         if let Some(parent) = parent {
             crate::block::check_parent(unit, parent, current)?;
@@ -246,7 +246,7 @@ fn encode<E: Elem>(
     current: &[u8],
     scratch: &mut Scratch,
     out: &mut Vec<u8>,
-    read: &mut dyn FnMut(usize),
+    read: &mut dyn FnMut(usize, Option<u128>),
 ) {
     let new = E::split(current);
     let Some(parent) = parent else {

@@ -1,8 +1,11 @@
 //! Which elements differ, and which rank each has within its class: a tile at a time.
 
+use towline_core::DIGEST_BLOCK;
+
 use super::classes::{Census, Classes, MAX};
 use super::elem::Elem;
 use super::simd::{Counts, Instructions, Isa, Kernel, TILE, WORDS, slot};
+use crate::xxh3::{self, Lanes};
 
 /// The class of each element of a tile, as masks with running counts.
 #[derive(Debug)]
@@ -102,7 +105,7 @@ pub(super) struct Survey {
 
 impl Survey {
     /// Finds what differs and counts it in `census`. Returns how many elements that is, or nothing as soon as there
-    /// are more than `most`. Calls `read` with the end of each stretch of bytes when it is done with it.
+    /// are more than `most`. Calls `read` as [`towline_core::Codec::encode_reading`] does.
     pub(super) fn of<E: Elem>(
         &mut self,
         level: Instructions,
@@ -110,7 +113,7 @@ impl Survey {
         new: &[E::Raw],
         most: usize,
         census: &mut Census,
-        read: &mut dyn FnMut(usize),
+        read: &mut dyn FnMut(usize, Option<u128>),
     ) -> Option<usize> {
         let keys = old.len().next_multiple_of(64);
         self.keys.resize(keys.max(self.keys.len()), 0);
@@ -163,11 +166,57 @@ pub(super) struct Changes<'a> {
 
 /// About the bytes of the old elements that are looked through before anything else is done with them: what the
 /// processor fetches ahead stops when something comes between. They stay in the cache with the new ones.
-const STRETCH: usize = 1 << 17;
+const STRETCH: usize = 1 << 18;
 
 /// The elements of a stretch, whole tiles.
 fn stretch<E: Elem>() -> usize {
     (STRETCH / size_of::<E::Raw>()).next_multiple_of(TILE)
+}
+
+/// The digests of the new elements, taken while they are compared.
+struct Digest<'a> {
+    new: &'a [u8],
+    /// Of the block that is open.
+    lanes: Lanes,
+    /// Where that begins.
+    start: usize,
+    /// The end of what is in the lanes.
+    taken: usize,
+    /// The end of what was looked at.
+    passed: usize,
+}
+
+impl<'a> Digest<'a> {
+    fn of(new: &'a [u8]) -> Self {
+        Self { new, lanes: Lanes::default(), start: 0, taken: 0, passed: 0 }
+    }
+
+    fn end(&self) -> usize {
+        self.new.len().min(self.start + DIGEST_BLOCK)
+    }
+
+    /// Whether the next tile goes into the lanes: a stripe has to be left behind it. Then it counts as taken.
+    #[inline(always)]
+    fn takes(&mut self, tile: usize) -> bool {
+        let before = self.passed;
+        self.passed += tile;
+        let takes = self.taken == before && self.passed + xxh3::STRIPE <= self.end();
+        if takes {
+            self.taken = self.passed;
+        }
+        takes
+    }
+
+    /// The end of the open block and its digest, if it ends at `done`. A stretch never ends behind it.
+    fn ended_by(&mut self, done: usize) -> Option<(usize, Option<u128>)> {
+        let end = self.end();
+        if done < end {
+            return None;
+        }
+        let digest = self.lanes.finish(end - self.start, &self.new[self.taken..end]);
+        *self = Self { new: self.new, lanes: Lanes::default(), start: end, taken: end, passed: end };
+        Some((end, digest))
+    }
 }
 
 /// Finds what differs.
@@ -177,7 +226,7 @@ struct Find<'a, E: Elem> {
     most: usize,
     survey: &'a mut Survey,
     census: &'a mut Census,
-    read: &'a mut dyn FnMut(usize),
+    read: &'a mut dyn FnMut(usize, Option<u128>),
 }
 
 impl<E: Elem> Kernel for Find<'_, E> {
@@ -188,28 +237,16 @@ impl<E: Elem> Kernel for Find<'_, E> {
         let Survey { keys, places, steps, olds, ends, .. } = self.survey;
         let (places, steps, olds) = (&mut places[..], &mut steps[..], &mut olds[..]);
         let (mut found, mut done) = (0, 0);
+        let mut digest = Digest::of(E::bytes(self.new));
         let stretch = stretch::<E>();
         let stretches = self.old.chunks(stretch).zip(self.new.chunks(stretch)).zip(keys.chunks_mut(stretch));
         for ((old, new), keys) in stretches {
             let (first, first_end) = (found, ends.len());
             let tiles = old.chunks(TILE).zip(new.chunks(TILE)).zip(keys.chunks_mut(TILE));
             for ((old, new), keys) in tiles {
-                let ((olds, old_rest), (news, new_rest)) = (old.as_chunks(), new.as_chunks());
-                let (keys, _) = keys.as_chunks_mut();
-                let mut first = 0;
-                for ((old, new), keys) in olds.iter().zip(news).zip(keys.iter_mut()) {
-                    let mask = isa.differing::<E>(old, new, keys);
-                    found += isa.places(mask, first, places[found..].first_chunk_mut()?);
-                    first += 64;
-                }
-                if let (false, Some(keys)) = (old_rest.is_empty(), keys.get_mut(olds.len())) {
-                    // What fills the last word is the same on both sides.
-                    let mut pair = [[E::default().store(); 64]; 2];
-                    pair[0][..old_rest.len()].copy_from_slice(old_rest);
-                    pair[1][..new_rest.len()].copy_from_slice(new_rest);
-                    let mask = isa.differing::<E>(&pair[0], &pair[1], keys);
-                    found += isa.places(mask, first, places[found..].first_chunk_mut()?);
-                }
+                let takes = I::DIGESTS && digest.takes(size_of_val(new));
+                let lanes = takes.then_some(&mut digest.lanes);
+                found += isa.compare::<E>((old, new), keys, &mut places[found..], lanes)?;
                 ends.push(found);
             }
             if found > self.most {
@@ -221,7 +258,11 @@ impl<E: Elem> Kernel for Find<'_, E> {
                 describe::<E>((old, new), &places[tile.clone()], &mut steps[tile.clone()], &mut olds[tile]);
             }
             done += size_of_val(old);
-            (self.read)(done);
+            if !I::DIGESTS {
+                (self.read)(done, None);
+            } else if let Some((end, digest)) = digest.ended_by(done) {
+                (self.read)(end, digest);
+            }
         }
         self.census.changes(&olds[..found], &steps[..found]);
         Some(found)

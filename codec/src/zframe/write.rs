@@ -109,13 +109,13 @@ impl<'a> Writer<'a> {
         mut self,
         left: &[u8],
         right: &[u8],
-        read: &mut dyn FnMut(usize),
+        read: &mut dyn FnMut(usize, Option<u128>),
     ) -> Result<()> {
         let blocks = left.len().min(right.len()).div_ceil(BLOCK);
         for (index, (left, right)) in left.chunks(BLOCK).zip(right.chunks(BLOCK)).enumerate() {
             self.block(&Xor(left, right), index + 1 == blocks);
             // Not sooner: the processor fetches what comes next as long as nothing comes between.
-            read(index * BLOCK + left.len());
+            read(index * BLOCK + left.len(), None);
         }
         if blocks == 0 {
             self.block(&Plain(&[]), true);

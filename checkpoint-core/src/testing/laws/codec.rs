@@ -18,7 +18,10 @@ use super::{ensure, skipped};
 use crate::testing::alloc::CountingAllocator;
 use crate::testing::mix::Mix;
 use crate::testing::strategies::tensor_pair;
-use crate::{Codec, ErrorKind, Framing, Mode, Modes, Result as CoreResult, TensorMeta, Unit};
+use crate::{
+    Codec, DIGEST_BLOCK, ErrorKind, Framing, Mode, Modes, Result as CoreResult, TensorMeta, Unit,
+    block_digest,
+};
 
 /// What a decoder may hold besides its output, whatever it is given: this many bytes …
 pub const ALLOCATION_CONSTANT: usize = 16 << 20;
@@ -201,7 +204,7 @@ pub fn append_only(codec: &dyn Codec, case: &CodecCase) -> Result<(), String> {
 }
 
 /// Equal input gives equal frames: again, from two threads at once, and while the codec says how far it has read,
-/// which goes forwards and stays within the unit.
+/// which goes forwards and stays within the unit. A digest that it hands over is that of the bytes in between.
 ///
 /// # Errors
 /// What broke.
@@ -218,11 +221,24 @@ pub fn deterministic(codec: &dyn Codec, case: &CodecCase) -> Result<(), String> 
         for again in [encode()].into_iter().chain(threads) {
             ensure!(again? == frame.bytes, "the same input gave another frame");
         }
-        let (mut ends, mut reading) = (Vec::new(), Vec::new());
-        frame.encode_reading(codec, &mut reading, &mut |end| ends.push(end))?;
+        let (mut ends, mut digests, mut reading) = (vec![0], Vec::new(), Vec::new());
+        frame.encode_reading(codec, &mut reading, &mut |end, digest| {
+            digests.extend(digest.zip(ends.last().map(|start| (*start, end))));
+            ends.push(end);
+        })?;
         ensure!(reading == frame.bytes, "encode_reading gave another frame than encode");
         let forwards = ends.is_sorted() && ends.last().is_none_or(|&end| end <= frame.unit.current.len());
         ensure!(forwards, "encode_reading read up to {ends:?} of {} bytes", frame.unit.current.len());
+        for (digest, (start, end)) in digests {
+            let whole = end - start == DIGEST_BLOCK || end == frame.unit.current.len();
+            let block = start.is_multiple_of(DIGEST_BLOCK) && end - start <= DIGEST_BLOCK && whole;
+            ensure!(block, "encode_reading gave a digest of bytes {start}..{end}, which are not a block");
+            let wanted = block_digest(&frame.unit.current[start..end]);
+            ensure!(
+                digest == wanted,
+                "encode_reading gave {digest:032x} as digest of {start}..{end}, which is {wanted:032x}"
+            );
+        }
         Ok(())
     })
 }

@@ -16,6 +16,7 @@ mod x86;
 use super::classes::{Classes, MAX};
 use super::elem::Elem;
 use super::rans::{EncodeTable, LANES};
+use crate::xxh3::{Lanes, STRIPE};
 
 /// The elements that are ranked at once.
 pub(super) const TILE: usize = 4096;
@@ -156,6 +157,8 @@ fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
 pub(super) trait Isa: Copy {
     /// Whether the `rans` methods do anything.
     const HAS_RANS: bool = false;
+    /// Whether `digest` does anything: elsewhere digests are as fast on their own.
+    const DIGESTS: bool = false;
 
     /// Bit `i` is set where byte `i` is not zero.
     fn nonzero(self, bytes: &[u8; 64]) -> u64;
@@ -172,6 +175,10 @@ pub(super) trait Isa: Copy {
         self.nonzero(&differs)
     }
 
+    /// Digests stripes that are the `first` one of an input and those behind it.
+    #[inline(always)]
+    fn digest(self, _lanes: &mut Lanes, _first: usize, _stripes: &[[u8; STRIPE]]) {}
+
     /// Writes the places of the set bits, counted from `first`, and anything behind them. Returns how many there are.
     #[inline(always)]
     fn places(self, mut mask: u64, first: u16, places: &mut [u16; 64]) -> usize {
@@ -181,6 +188,20 @@ pub(super) trait Isa: Copy {
             mask &= mask.wrapping_sub(1);
         }
         count
+    }
+
+    /// Finds the elements of a tile that differ: sets the keys of the old ones, and the places of those that differ and
+    /// anything behind them; digests the new ones, which are whole blocks then, if it is given lanes. Returns how many
+    /// differ, or nothing without room for the places of 64 elements more than the tile has.
+    #[inline(always)]
+    fn compare<E: Elem>(
+        self,
+        tile: (&[E::Raw], &[E::Raw]),
+        keys: &mut [u8],
+        places: &mut [u16],
+        lanes: Option<&mut Lanes>,
+    ) -> Option<usize> {
+        compare_each::<E, Self>(self, tile, keys, places, lanes)
     }
 
     /// Fills `masks[class][slot(word)]` for the keys of a tile.
@@ -268,6 +289,38 @@ pub(super) trait Isa: Copy {
     ) -> usize {
         start
     }
+}
+
+/// As [`Isa::compare`], 64 elements after the other.
+#[inline(always)]
+fn compare_each<E: Elem, I: Isa>(
+    isa: I,
+    (old, new): (&[E::Raw], &[E::Raw]),
+    keys: &mut [u8],
+    places: &mut [u16],
+    mut lanes: Option<&mut Lanes>,
+) -> Option<usize> {
+    let ((olds, old_rest), (news, new_rest)) = (old.as_chunks(), new.as_chunks());
+    let (keys, _) = keys.as_chunks_mut();
+    let (mut first, mut found) = (0, 0);
+    for ((old, new), keys) in olds.iter().zip(news).zip(keys.iter_mut()) {
+        if let Some(lanes) = &mut lanes {
+            let (stripes, _) = E::bytes(new).as_chunks();
+            isa.digest(lanes, usize::from(first) / 64 * stripes.len(), stripes);
+        }
+        let mask = isa.differing::<E>(old, new, keys);
+        found += isa.places(mask, first, places.get_mut(found..)?.first_chunk_mut()?);
+        first += 64;
+    }
+    if let (false, Some(keys)) = (old_rest.is_empty(), keys.get_mut(olds.len())) {
+        // What fills the last word is the same on both sides.
+        let mut pair = [[E::default().store(); 64]; 2];
+        pair[0][..old_rest.len()].copy_from_slice(old_rest);
+        pair[1][..new_rest.len()].copy_from_slice(new_rest);
+        let mask = isa.differing::<E>(&pair[0], &pair[1], keys);
+        found += isa.places(mask, first, places.get_mut(found..)?.first_chunk_mut()?);
+    }
+    Some(found)
 }
 
 /// The baseline.

@@ -1,5 +1,6 @@
 //! What processors of this architecture do faster.
 
+mod find;
 mod tables;
 
 use std::arch::x86_64::*;
@@ -7,7 +8,8 @@ use std::arch::x86_64::*;
 use super::super::classes::Classes;
 use super::super::elem::Elem;
 use super::super::rans::{CHANCE_BITS, EncodeTable, LOWEST, TOTAL};
-use super::{Counts, Isa, LANES, MAX, MOST_LISTED, TILE, WORDS, slot};
+use super::{Counts, Isa, LANES, MAX, MOST_LISTED, TILE, WORDS, compare_each, slot};
+use crate::xxh3::{Lanes, STRIPE};
 use tables::{BYTE_NUMBERS, BYTES_OF_EIGHTS, EVEN_BYTES, LAST_FIRST, UNIT_VECTORS};
 
 /// The processor has AVX2, BMI1, BMI2, LZCNT and POPCNT.
@@ -129,6 +131,7 @@ fn keys_of_halves(low: __m512i, high: __m512i) -> __m512i {
 
 impl Isa for Avx512 {
     const HAS_RANS: bool = true;
+    const DIGESTS: bool = true;
 
     #[inline(always)]
     fn nonzero(self, bytes: &[u8; 64]) -> u64 {
@@ -175,6 +178,30 @@ impl Isa for Avx512 {
             }
         }
         differs
+    }
+
+    #[inline(always)]
+    fn digest(self, lanes: &mut Lanes, first: usize, stripes: &[[u8; STRIPE]]) {
+        find::digest(self, lanes, first, stripes);
+    }
+
+    #[inline(always)]
+    fn compare<E: Elem>(
+        self,
+        tile: (&[E::Raw], &[E::Raw]),
+        keys: &mut [u8],
+        places: &mut [u16],
+        lanes: Option<&mut Lanes>,
+    ) -> Option<usize> {
+        let ((old, old_rest), (new, _)) = (E::bytes(tile.0).as_chunks(), E::bytes(tile.1).as_chunks());
+        if E::BITS != 16 || !old_rest.is_empty() {
+            return compare_each::<E, _>(self, tile, keys, places, lanes);
+        }
+        let (keys, _) = keys.as_chunks_mut();
+        match lanes {
+            Some(lanes) => find::compare::<true>(self, (old, new), keys, places, lanes),
+            None => find::compare::<false>(self, (old, new), keys, places, &mut Lanes::default()),
+        }
     }
 
     #[inline(always)]

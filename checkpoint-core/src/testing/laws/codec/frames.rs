@@ -37,7 +37,7 @@ impl Frame<'_> {
         &self,
         codec: &dyn Codec,
         out: &mut Vec<u8>,
-        read: &mut dyn FnMut(usize),
+        read: &mut dyn FnMut(usize, Option<u128>),
     ) -> Result<(), String> {
         let parent = (self.mode == Mode::Delta).then_some(self.unit.parent);
         guarded(|| codec.encode_reading(&self.unit.meta, parent, self.unit.current, out, read))?
