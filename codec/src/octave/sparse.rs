@@ -109,14 +109,20 @@ impl Kernel for Write<'_> {
         }
         for (list, plan) in lists.iter().zip(&plans) {
             list.write_gaps(plan.gaps, &mut bits);
-            for signs in list.gaps.chunks(32) {
-                let word = (0..).zip(signs).fold(0, |word, (at, sign)| word | u64::from(sign & 1) << at);
-                bits.put(word, signs.len() as u32);
-            }
+            // Of a known length: many at once.
+            let (words, rest) = list.gaps.as_chunks::<32>();
+            words.iter().for_each(|signs| bits.put(word_of(signs).into(), 32));
+            bits.put(word_of(rest).into(), rest.len() as u32);
             write_numbers(plan.magnitudes, list.each(), list.large.iter().copied(), &mut bits);
         }
         bits.finish();
     }
+}
+
+/// The signs of up to 32 gaps.
+#[inline(always)]
+fn word_of(gaps: &[u32]) -> u32 {
+    (0..32).zip(gaps).fold(0, |word, (at, gap)| word | (gap & 1) << at)
 }
 
 /// The plan of each class.

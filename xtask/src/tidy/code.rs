@@ -8,13 +8,14 @@ const TOO_LONG: usize = 600;
 
 /// Where `unsafe` may stand, and why: an audited module whose number needs it, with a Miri or sanitizer test, or a trait
 /// that cannot be had without.
-const UNSAFE: [(&str, &str); 4] = [
+const UNSAFE: [(&str, &str); 5] = [
     (
         "checkpoint-core/src/testing/alloc.rs",
         "the counting allocator of the kits: `GlobalAlloc` is an unsafe trait",
     ),
     ("codec/src/octave/simd/mod.rs", "calls of kernels that are compiled for what the processor has"),
     ("codec/src/octave/simd/x86.rs", "AVX2 and AVX-512, behind tokens of what the processor has"),
+    ("codec/src/octave/simd/x86/masks.rs", "AVX-512, behind a token of what the processor has"),
     ("codec/src/octave/simd/x86/find.rs", "AVX-512, behind a token of what the processor has"),
 ];
 
