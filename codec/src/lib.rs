@@ -56,6 +56,7 @@ mod block;
 mod lz4;
 mod octave;
 mod raw;
+mod spare;
 mod xor;
 mod xxh3;
 #[cfg(feature = "zstd")]

@@ -28,11 +28,11 @@ mod tokens;
 
 pub(crate) use simd::{MOST_LISTED, list_changes};
 
-use std::cell::RefCell;
 use std::num::NonZeroUsize;
 
 use towline_core::{Codec, CodecId, Error, Mode, Modes, Result, Unit, UnitMeta};
 
+use crate::spare::Spare;
 use crate::xor::xor_into;
 use classes::Census;
 use elem::{Elem, width};
@@ -84,7 +84,7 @@ impl Octave {
     }
 }
 
-/// What a thread keeps from block to block, some MiB.
+/// What is kept from block to block, some MiB.
 #[derive(Debug, Default)]
 struct Scratch {
     survey: tiles::Survey,
@@ -92,8 +92,14 @@ struct Scratch {
     dense: dense::Buffers,
 }
 
-thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+static SPARE: Spare<Scratch> = Spare::new();
+
+/// Works with memory that others may have used before.
+fn with_scratch<T>(work: impl FnOnce(&mut Scratch) -> T) -> T {
+    let mut scratch = SPARE.take();
+    let done = work(&mut scratch);
+    SPARE.put(scratch);
+    done
 }
 
 /// Calls a function that is generic over the elements of `unit`.
@@ -144,7 +150,7 @@ impl Codec for Octave {
         }
         check_length(unit, current.len())?;
         let start = out.len();
-        SCRATCH.with_borrow_mut(|scratch| {
+        with_scratch(|scratch| {
             by_width!(
                 unit,
                 current.len(),
@@ -181,7 +187,7 @@ impl Codec for Octave {
             (Form::Sparse | Form::Learned, Mode::Base) => {
                 Err(Error::corrupt("a base has no parent to change"))
             }
-            (Form::Sparse | Form::Learned | Form::Dense, _) => SCRATCH.with_borrow_mut(|scratch| {
+            (Form::Sparse | Form::Learned | Form::Dense, _) => with_scratch(|scratch| {
                 by_width!(
                     unit,
                     target.len(),

@@ -5,22 +5,19 @@
 //! match than as literals, and finding them costs most of its time. Here a run is a match at distance one, the rest
 //! are literals, and both go through zstd's entropy coders (RFC 8878). Any zstd decoder reads it.
 
-use std::cell::Cell;
-
 use towline_core::{Error, Result};
 
 use super::pack::Tables;
 use super::parts::{Content, Parts, Plain, Xor};
+use crate::spare::Spare;
 
 /// The longest block that the format allows.
 pub(crate) const BLOCK: usize = 128 << 10;
 /// The shortest block that pays for tables of its own.
 const MIN_CUT: usize = 2 << 10;
 
-thread_local! {
-    /// The buffers of the last writer of this thread: most frames are so small that making buffers would show.
-    static SPARE: Cell<Option<Box<Buffers>>> = const { Cell::new(None) };
-}
+/// The buffers of writers that are done: most frames are so small that making buffers would show.
+static SPARE: Spare<Buffers> = Spare::new();
 
 /// Appends one frame to `out`. Holds at most 0.8 MiB besides.
 pub(crate) struct Writer<'a> {
@@ -38,8 +35,8 @@ struct Buffers {
     scratch: Vec<u8>,
 }
 
-impl Buffers {
-    fn new() -> Self {
+impl Default for Buffers {
+    fn default() -> Self {
         // The entropy coders write 8 bytes at a time.
         Self { pending: Vec::new(), parts: Parts::new(BLOCK), scratch: vec![0; BLOCK + 8] }
     }
@@ -67,7 +64,7 @@ impl<'a> Writer<'a> {
                 out.extend_from_slice(&length);
             }
         }
-        let buffers = SPARE.take().unwrap_or_else(|| Box::new(Buffers::new()));
+        let buffers = SPARE.take();
         Self { out, content, written: 0, tables: Tables::default(), buffers }
     }
 
@@ -125,7 +122,7 @@ impl<'a> Writer<'a> {
 
     fn check(mut self) -> Result<()> {
         self.buffers.pending.clear();
-        SPARE.set(Some(self.buffers));
+        SPARE.put(self.buffers);
         if self.written == self.content {
             return Ok(());
         }
