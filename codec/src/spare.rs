@@ -49,7 +49,7 @@ mod tests {
         };
         std::thread::scope(|scope| scope.spawn(leave).join()).unwrap();
         assert_eq!(*SPARE.take(), [7]);
-        assert_eq!(*SPARE.take(), []);
+        assert!(SPARE.take().is_empty());
         for _ in 0..2 * MOST {
             SPARE.put(Box::default());
         }

@@ -41,7 +41,8 @@ pub struct Summary {
 /// Encodes the tensors of `current` in order, whole or against `parent`, and hands their units to `emit` in order.
 ///
 /// Output does not depend on the number of threads. A tensor above the window is read, encoded and handed on in
-/// parts, unless the codec takes tensors whole. Memory: the window's bytes, their parents and their frames.
+/// parts, unless the codec takes tensors whole. Memory: the bytes of the window and of one span, their parents and
+/// their frames.
 ///
 /// # Errors
 /// `Invalid` if the sets differ in a name, dtype or shape; what the sources, the codec or `emit` answer.
@@ -147,7 +148,9 @@ impl Shared {
         loop {
             let span = work.spans.get(state.next).filter(|_| !state.stopped)?;
             let size = state.claimed.saturating_add(span.range.len());
-            if state.first == state.next || size <= work.window {
+            // What everything waits for does not count: a large tensor would leave the other threads without work.
+            let first = work.spans.get(state.first).map_or(0, |first| first.range.len());
+            if state.first == state.next || size.saturating_sub(first) <= work.window {
                 let read = state.read(work, span).map_err(|error| state.fail(error)).ok();
                 let Some(read) = read else {
                     self.changed.notify_all();

@@ -21,7 +21,8 @@ pub use encode::{Encoded, Summary, encode};
 pub struct Limits {
     /// Threads that encode or decode. Default 1: the caller knows the machine.
     pub threads: NonZeroUsize,
-    /// Plain bytes in work at once. One unit of the codec is always in work, however large. Default 32 MiB.
+    /// Plain bytes in work at once, besides those that are handed on next: a unit of the codec, however large. Default
+    /// 32 MiB.
     pub window: usize,
 }
 
