@@ -30,6 +30,16 @@ impl Classes {
         &self.bounds
     }
 
+    /// The first key of each class and how many more it has.
+    pub(super) fn ranges(&self) -> [(u8, u8); MAX] {
+        let mut ranges = [(0, u8::MAX); MAX];
+        for (class, &bound) in self.bounds.iter().enumerate() {
+            ranges[class].1 = bound - 1 - ranges[class].0;
+            ranges[class + 1] = (bound, u8::MAX - bound);
+        }
+        ranges
+    }
+
     /// The class of every key.
     pub(super) fn table(&self) -> [u8; 256] {
         let mut table = [0; 256];

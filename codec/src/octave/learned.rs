@@ -186,8 +186,8 @@ pub(super) fn encode(
     scratch: &mut sparse::Scratch,
     out: &mut Vec<u8>,
 ) {
-    let sparse::Scratch { lists, tile, .. } = scratch;
-    let classes = lists.fill(level, survey, census, CLASS_BITS, tile);
+    let sparse::Scratch { lists, .. } = scratch;
+    let classes = lists.fill(level, survey, census, CLASS_BITS);
     let lists = lists.of(&classes);
     let layout = skewed(layout, survey, lists.iter().map(|list| list.gaps.len()).sum());
     let steps = encode_steps(bits, layout, survey);

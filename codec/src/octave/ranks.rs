@@ -7,8 +7,8 @@ use super::classes::{Census, Classes, MAX};
 use super::elem::Elem;
 use super::golomb::Golomb;
 use super::numbers::{Numbers, best, read_numbers, write_numbers};
-use super::simd::{Instructions, Isa, Kernel, TILE, prefetch};
-use super::tiles::{Survey, TileMasks};
+use super::simd::{Instructions, Isa, Kernel, TILE, WORDS, prefetch};
+use super::tiles::{Survey, TileCounts, TileMasks};
 
 /// The order of the Exp-Golomb codes for the changes of a class.
 const COUNT_ORDER: u32 = 6;
@@ -22,8 +22,6 @@ const OCTAVE: i64 = 2;
 pub(super) struct Lists {
     /// The rank of each change, above its sign bit.
     ranks: Vec<u32>,
-    /// The step of each change, as in the survey.
-    steps: Vec<u64>,
     /// The gap before each change, above its sign bit.
     gaps: Vec<u32>,
     /// The end of each class's changes.
@@ -32,6 +30,10 @@ pub(super) struct Lists {
     large: Vec<(u32, u64)>,
     /// How many those of each class are.
     large_counts: [usize; MAX],
+    /// Each change by more than 1 in order: its index, and where its rank is.
+    wide: Vec<(u32, u32)>,
+    // On the heap from the start: the compiler takes minutes over arrays of this size on the stack.
+    tile: Box<TileCounts>,
 }
 
 /// The changes of one class, in order.
@@ -50,7 +52,6 @@ impl Lists {
         survey: &Survey,
         mut census: Census,
         header: f64,
-        tile: &mut TileMasks,
     ) -> Classes {
         census.count(survey.keys());
         let classes = census.classes(header);
@@ -60,10 +61,10 @@ impl Lists {
             *end = sum;
         }
         self.ranks.resize(sum.max(self.ranks.len()), 0);
-        self.steps.resize(sum.max(self.steps.len()), 0);
         self.gaps.resize(sum.max(self.gaps.len()), 0);
         self.large.resize(sum.max(self.large.len()), (0, 0));
-        level.run(Rank { survey, classes: &classes, lists: self, tile });
+        self.wide.resize(sum.max(self.wide.len()), (0, 0));
+        level.run(Rank { survey, classes: &classes, lists: self });
         classes
     }
 
@@ -84,7 +85,6 @@ struct Rank<'a> {
     survey: &'a Survey,
     classes: &'a Classes,
     lists: &'a mut Lists,
-    tile: &'a mut TileMasks,
 }
 
 impl Kernel for Rank<'_> {
@@ -92,30 +92,48 @@ impl Kernel for Rank<'_> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Self { survey, classes, lists, tile } = self;
-        let table = classes.table();
-        let Lists { ranks, steps, gaps, ends, large, large_counts } = lists;
-        let (ranks, steps) = (&mut ranks[..], &mut steps[..]);
+        let Self { survey, classes, lists } = self;
+        let (table, ranges) = (classes.table(), classes.ranges());
+        let Lists { ranks, gaps, ends, large, large_counts, wide, tile } = lists;
+        let ranks = &mut ranks[..];
         let mut starts = [0; MAX];
         starts[1..].copy_from_slice(&ends[..MAX - 1]);
-        // Where the next change of each class goes, and how many elements of it are in the tiles before.
-        let (mut at, mut seen) = (starts, [0u32; MAX]);
+        // Where the next change of each class goes.
+        let mut at = starts;
+        tile.begin();
+        let (mut index, mut found) = (0, 0);
         for (keys, changes) in survey.keys().chunks(TILE).zip(survey.tiles()) {
-            tile.fill_keys(isa, keys, classes, &table);
+            let (keys, counts) = tile.fill(isa, keys, classes, &table);
+            let (words, _) = keys.as_chunks::<64>();
+            let wide = &mut wide[found..][..changes.places.len()];
+            let mut more = 0;
             for ((&place, &old), &step) in changes.places.iter().zip(changes.olds).zip(changes.steps) {
                 let class = usize::from(table[usize::from(old & 0xff)]) % MAX;
-                let rank = seen[class] + tile.rank_of(class, usize::from(place) % TILE);
-                if let (Some(to), Some(to_step)) = (ranks.get_mut(at[class]), steps.get_mut(at[class])) {
-                    *to = rank << 1 | (step & 1) as u32;
-                    *to_step = step;
-                }
+                let word = usize::from(place) / 64 % WORDS;
+                let rank = counts[class].before(word) + isa.count_within(&words[word], place, ranges[class]);
+                let to = at[class];
                 at[class] += 1;
+                if let Some(to) = ranks.get_mut(to) {
+                    *to = rank << 1 | (step & 1) as u32;
+                }
+                // Written in any case: a branch would be mispredicted.
+                wide[more] = (index, to as u32);
+                more += usize::from(step > 1);
+                index += 1;
             }
-            for (class, seen) in seen.iter_mut().enumerate().take(classes.count()) {
-                *seen += tile.count(class);
-            }
+            found += more;
         }
-        for ((start, &end), count) in starts.into_iter().zip(&*ends).zip(large_counts).take(classes.count()) {
+        let mut large_ends = starts;
+        for &(change, place) in &wide[..found] {
+            let (old, step) = survey.change(change as usize);
+            let class = usize::from(table[usize::from(old & 0xff)]) % MAX;
+            large[large_ends[class]] = (place - starts[class] as u32, step >> 1);
+            large_ends[class] += 1;
+        }
+        for (count, (end, start)) in large_counts.iter_mut().zip(large_ends.into_iter().zip(starts)) {
+            *count = end - start;
+        }
+        for (start, &end) in starts.into_iter().zip(&*ends).take(classes.count()) {
             let (ranks, gaps) = (&ranks[start..end], &mut gaps[start..end]);
             if let (Some(first), Some(to)) = (ranks.first(), gaps.first_mut()) {
                 *to = *first;
@@ -124,13 +142,6 @@ impl Kernel for Rank<'_> {
                 // The elements between both, above the sign, which stays.
                 *gap = pair[1].wrapping_sub(pair[0] & !1).wrapping_sub(2);
             }
-            let (large, mut found) = (&mut large[start..end], 0);
-            for (index, &step) in (0..).zip(&steps[start..end]) {
-                // Written in any case: a branch would be mispredicted.
-                large[found] = (index, step >> 1);
-                found += usize::from(step > 1);
-            }
-            *count = found;
         }
     }
 }

@@ -30,7 +30,7 @@ pub(super) struct Scratch {
     pub(super) lists: Lists,
     pub(super) changes: Changes,
     buffers: Buffers,
-    // On the heap from the start: the compiler takes minutes over arrays of this size on the stack.
+    // On the heap, as that of the lists.
     pub(super) tile: Box<TileMasks>,
 }
 
@@ -43,8 +43,8 @@ pub(super) fn encode(
     scratch: &mut Scratch,
     out: &mut Vec<u8>,
 ) {
-    let Scratch { lists, tile, buffers, .. } = scratch;
-    let classes = lists.fill(level, survey, census, CLASS_BITS, tile);
+    let Scratch { lists, buffers, .. } = scratch;
+    let classes = lists.fill(level, survey, census, CLASS_BITS);
     let lists = lists.of(&classes);
     level.run(Write { level, classes: &classes, lists: &lists, buffers, out });
 }

@@ -4,10 +4,10 @@ use towline_core::DIGEST_BLOCK;
 
 use super::classes::{Census, Classes, MAX};
 use super::elem::Elem;
-use super::simd::{Counts, Instructions, Isa, Kernel, TILE, WORDS, slot};
+use super::simd::{ClassCounts, Counts, Instructions, Isa, Kernel, TILE, WORDS};
 use crate::xxh3::{self, Lanes};
 
-/// The class of each element of a tile, as masks with running counts.
+/// The class of each element of a tile, as masks with running counts: for those who look for an element of a rank.
 #[derive(Debug)]
 pub(super) struct TileMasks {
     keys: [u8; TILE],
@@ -36,23 +36,6 @@ impl TileMasks {
     ) {
         self.keys.iter_mut().zip(old).for_each(|(key, &raw)| *key = E::load(raw).key());
         isa.class_masks(&self.keys, classes, table, &mut self.masks);
-        self.count_all(isa, classes);
-    }
-
-    /// As `fill`, of at most [`TILE`] keys.
-    #[inline(always)]
-    pub(super) fn fill_keys<I: Isa>(&mut self, isa: I, keys: &[u8], classes: &Classes, table: &[u8; 256]) {
-        if let Some(keys) = keys.as_array() {
-            isa.class_masks(keys, classes, table, &mut self.masks);
-        } else {
-            self.keys[..keys.len()].copy_from_slice(keys);
-            isa.class_masks(&self.keys, classes, table, &mut self.masks);
-        }
-        self.count_all(isa, classes);
-    }
-
-    #[inline(always)]
-    fn count_all<I: Isa>(&mut self, isa: I, classes: &Classes) {
         let classes = self.masks.iter().zip(&mut self.before).zip(&mut self.counts).take(classes.count());
         // No closure: it would not be compiled for the instructions of `isa`.
         for ((masks, before), count) in classes {
@@ -66,15 +49,6 @@ impl TileMasks {
         self.counts[class]
     }
 
-    /// The elements of `class` before the one at `place`.
-    #[inline(always)]
-    pub(super) fn rank_of(&self, class: usize, place: usize) -> u32 {
-        let (word, bit) = (place / 64 % WORDS, place % 64);
-        let below = self.masks[class][slot(word)] & ((1 << bit) - 1);
-        let before = &self.before[class];
-        u32::from(before.columns[word / 8] + before.words[word / 8][word % 8]) + below.count_ones()
-    }
-
     /// The element of `class` that has `rank` of them before it; there is one.
     #[inline(always)]
     pub(super) fn position<I: Isa>(&self, isa: I, class: usize, rank: u32) -> usize {
@@ -84,6 +58,45 @@ impl TileMasks {
         let row = isa.last_at_most(words, rank) % 8;
         let word = self.masks[class][row * 8 + column];
         (column * 8 + row) * 64 + isa.select(word, u32::from(rank - words[row])) as usize
+    }
+}
+
+/// How many elements of each class stand before each word of a tile: for those who look for the rank of an element.
+#[derive(Debug)]
+pub(super) struct TileCounts {
+    /// Of a tile that is too short.
+    keys: [u8; TILE],
+    counts: [ClassCounts; MAX],
+}
+
+impl Default for TileCounts {
+    fn default() -> Self {
+        Self { keys: [0; TILE], counts: Default::default() }
+    }
+}
+
+impl TileCounts {
+    /// Begins with the first tile of a block.
+    pub(super) fn begin(&mut self) {
+        self.counts.iter_mut().for_each(ClassCounts::begin);
+    }
+
+    /// Counts at most [`TILE`] keys; with fewer it is as for [`TileMasks::fill`]. Returns the keys of a whole tile.
+    #[inline(always)]
+    pub(super) fn fill<'a, I: Isa>(
+        &'a mut self,
+        isa: I,
+        keys: &'a [u8],
+        classes: &Classes,
+        table: &[u8; 256],
+    ) -> (&'a [u8; TILE], &'a [ClassCounts; MAX]) {
+        let Self { keys: whole, counts } = self;
+        let keys = keys.as_array().unwrap_or_else(|| {
+            whole[..keys.len()].copy_from_slice(keys);
+            whole
+        });
+        isa.class_counts(keys, classes, table, counts);
+        (keys, counts)
     }
 }
 
@@ -143,6 +156,12 @@ impl Survey {
                 self.places[range.clone()].iter().zip(&self.olds[range.clone()]).zip(&self.steps[range]);
             changes.map(move |((&place, &old), &step)| (first + usize::from(place), old, step))
         })
+    }
+
+    /// The old key and sign, and the step, of a change.
+    #[inline(always)]
+    pub(super) fn change(&self, index: usize) -> (u16, u64) {
+        (self.olds[index], self.steps[index])
     }
 
     /// The changes of each tile.

@@ -39,6 +39,44 @@ pub(super) struct Counts {
     pub(super) words: [[u16; 8]; 8],
 }
 
+/// How many elements of a class stand before each word of a tile, in this tile and those before it.
+#[derive(Debug, Clone)]
+#[repr(align(64))]
+pub(super) struct ClassCounts {
+    /// Before each word in its column, by the slots of words.
+    words: [u64; WORDS],
+    /// Before each column.
+    columns: [u32; 8],
+    /// Before the next tile.
+    all: u32,
+}
+
+impl Default for ClassCounts {
+    fn default() -> Self {
+        Self { words: [0; WORDS], columns: [0; 8], all: 0 }
+    }
+}
+
+impl ClassCounts {
+    /// The elements before a word.
+    #[inline(always)]
+    pub(super) fn before(&self, word: usize) -> u32 {
+        self.words[slot(word % WORDS)] as u32 + self.columns[word / 8 % 8]
+    }
+
+    /// Ends a tile in which `sum` elements were counted before words, without regard to columns.
+    #[inline(always)]
+    fn end(&mut self, sum: u64) {
+        self.columns = [self.all; 8];
+        self.all += sum as u32;
+    }
+
+    /// Forgets the tiles before.
+    pub(super) fn begin(&mut self) {
+        self.all = 0;
+    }
+}
+
 /// Which instructions a codec may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 #[non_exhaustive]
@@ -212,6 +250,36 @@ pub(super) trait Isa: Copy {
         table: &[u8; 256],
         masks: &mut [[u64; WORDS]; MAX],
     );
+
+    /// Counts the keys of the next tile by class.
+    #[inline(always)]
+    fn class_counts(
+        self,
+        keys: &[u8; TILE],
+        classes: &Classes,
+        table: &[u8; 256],
+        counts: &mut [ClassCounts; MAX],
+    ) {
+        let mut sums = [0; MAX];
+        for (word, keys) in keys.as_chunks::<64>().0.iter().enumerate() {
+            for (counts, sum) in counts.iter_mut().zip(sums).take(classes.count()) {
+                counts.words[slot(word)] = sum;
+            }
+            for &key in keys {
+                sums[usize::from(table[usize::from(key)]) % MAX] += 1;
+            }
+        }
+        for (counts, sum) in counts.iter_mut().zip(sums).take(classes.count()) {
+            counts.end(sum);
+        }
+    }
+
+    /// How many of the keys before the one at `end` are `first` or at most `more` above it.
+    #[inline(always)]
+    fn count_within(self, keys: &[u8; 64], end: u16, (first, more): (u8, u8)) -> u32 {
+        let keys = &keys[..usize::from(end % 64)];
+        keys.iter().map(|key| u32::from(key.wrapping_sub(first) <= more)).sum()
+    }
 
     /// Counts the set bits before each word, and returns how many there are in all.
     #[inline(always)]

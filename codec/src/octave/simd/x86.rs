@@ -9,9 +9,9 @@ use std::arch::x86_64::*;
 use super::super::classes::Classes;
 use super::super::elem::Elem;
 use super::super::rans::{CHANCE_BITS, EncodeTable, LOWEST, TOTAL};
-use super::{Counts, Isa, LANES, MAX, MOST_LISTED, TILE, WORDS, compare_each, slot};
+use super::{ClassCounts, Counts, Isa, LANES, MAX, MOST_LISTED, TILE, WORDS, compare_each, slot};
 use crate::xxh3::{Lanes, STRIPE};
-use masks::{LookUp, Narrow, Wide};
+use masks::{LookUp, Narrow, Single, Wide};
 use tables::{BYTE_NUMBERS, EVEN_BYTES};
 
 /// The processor has AVX2, BMI1, BMI2, LZCNT and POPCNT.
@@ -86,6 +86,53 @@ impl Isa for Avx2 {
         masks: &mut [[u64; WORDS]; MAX],
     ) {
         masks_from(keys, classes, masks, |keys, bound| self.at_least(keys, bound));
+    }
+
+    #[inline(always)]
+    fn class_counts(
+        self,
+        keys: &[u8; TILE],
+        classes: &Classes,
+        _: &[u8; 256],
+        counts: &mut [ClassCounts; MAX],
+    ) {
+        let words = keys.as_chunks::<64>().0;
+        // Those that are in this class or above it, before each word and in all.
+        let mut above = [0; WORDS];
+        (0..WORDS).for_each(|word| above[slot(word)] = word as u64 * 64);
+        let mut sum = TILE as u64;
+        let bounds = classes.bounds().iter().map(Some).chain([None]);
+        for (counts, bound) in counts.iter_mut().zip(bounds) {
+            let (mut behind, mut behind_sum) = ([0; WORDS], 0);
+            if let Some(&bound) = bound {
+                for (column, words) in words.as_chunks::<8>().0.iter().enumerate() {
+                    for (row, keys) in words.iter().enumerate() {
+                        behind[slot(column * 8 + row) % WORDS] = behind_sum;
+                        behind_sum += u64::from(self.at_least(keys, bound).count_ones());
+                    }
+                }
+            }
+            for ((count, above), behind) in counts.words.iter_mut().zip(above).zip(behind) {
+                *count = above - behind;
+            }
+            counts.end(sum - behind_sum);
+            (above, sum) = (behind, behind_sum);
+        }
+    }
+
+    #[inline(always)]
+    fn count_within(self, keys: &[u8; 64], end: u16, (first, more): (u8, u8)) -> u32 {
+        // SAFETY: token; bounds: both halves of 64 keys.
+        let mask = unsafe {
+            let (first, more) = (_mm256_set1_epi8(first.cast_signed()), _mm256_set1_epi8(more.cast_signed()));
+            let half = |at: usize| {
+                let from_first = _mm256_sub_epi8(_mm256_loadu_si256(keys.as_ptr().add(at).cast()), first);
+                let within = _mm256_cmpeq_epi8(_mm256_min_epu8(from_first, more), from_first);
+                u64::from(_mm256_movemask_epi8(within).cast_unsigned())
+            };
+            half(0) | half(32) << 32
+        };
+        (mask & ((1 << (end % 64)) - 1)).count_ones()
     }
 
     #[inline(always)]
@@ -239,6 +286,32 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
+    fn class_counts(
+        self,
+        keys: &[u8; TILE],
+        classes: &Classes,
+        table: &[u8; 256],
+        counts: &mut [ClassCounts; MAX],
+    ) {
+        match (Single::of(classes), Narrow::of(classes, table)) {
+            (Some(single), _) => self.counts_of(keys, classes.count(), counts, &single),
+            (None, Some(narrow)) => self.counts_of(keys, classes.count(), counts, &narrow),
+            (None, None) => self.counts_of(keys, classes.count(), counts, &Wide::of(table)),
+        }
+    }
+
+    #[inline(always)]
+    fn count_within(self, keys: &[u8; 64], end: u16, (first, more): (u8, u8)) -> u32 {
+        // SAFETY: token; bounds: 64 keys.
+        let mask = unsafe {
+            let keys = _mm512_loadu_si512(keys.as_ptr().cast());
+            let from_first = _mm512_sub_epi8(keys, _mm512_set1_epi8(first.cast_signed()));
+            _mm512_cmple_epu8_mask(from_first, _mm512_set1_epi8(more.cast_signed()))
+        };
+        (mask & ((1 << (end % 64)) - 1)).count_ones()
+    }
+
+    #[inline(always)]
     fn look_up(self, table: &[u8; 256], keys: &[u8; 64]) -> [u8; 64] {
         let mut entries = [0; 64];
         // SAFETY: token; bounds: 64 bytes.
@@ -265,12 +338,9 @@ impl Isa for Avx512 {
             let last = _mm512_permutex2var_epi64(low, columns, high);
             _mm512_storeu_si512(counts.words.as_mut_ptr().cast(), first);
             _mm512_storeu_si512(counts.words.as_mut_ptr().add(4).cast(), last);
-            let columns = _mm512_cvtepi64_epi16(sum);
-            let mut sum = _mm_add_epi16(columns, _mm_slli_si128::<2>(columns));
-            sum = _mm_add_epi16(sum, _mm_slli_si128::<4>(sum));
-            sum = _mm_add_epi16(sum, _mm_slli_si128::<8>(sum));
-            _mm_storeu_si128(counts.columns.as_mut_ptr().cast(), _mm_sub_epi16(sum, columns));
-            _mm_extract_epi16::<7>(sum) as u32
+            let (columns, all) = self.columns(sum);
+            _mm_storeu_si128(counts.columns.as_mut_ptr().cast(), columns);
+            all
         }
     }
 

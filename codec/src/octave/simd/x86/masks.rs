@@ -2,8 +2,8 @@
 
 use std::arch::x86_64::*;
 
-use super::super::{TILE, WORDS};
-use super::tables::{BYTES_OF_EIGHTS, LAST_FIRST, UNIT_VECTORS};
+use super::super::{ClassCounts, TILE, WORDS};
+use super::tables::{LAST_FIRST, PLANES, UNIT_VECTORS};
 use super::{Avx512, Classes, MAX};
 
 /// A table that is looked up by keys, 64 at a time.
@@ -39,6 +39,34 @@ impl LookUp for Narrow {
     }
 }
 
+/// The classes of keys if all but the first and the last have one key.
+pub(super) struct Single {
+    first: u8,
+    last: u8,
+}
+
+impl Single {
+    #[inline(always)]
+    pub(super) fn of(classes: &Classes) -> Option<Self> {
+        let bounds = classes.bounds();
+        let (&first, &last) = (bounds.first()?, bounds.last()?);
+        let single = usize::from(last - first) == bounds.len() - 1;
+        single.then_some(Self { first: first.checked_sub(1)?, last: bounds.len() as u8 })
+    }
+}
+
+impl LookUp for Single {
+    #[inline(always)]
+    fn entries(&self, _: Avx512, keys: &[u8; 64]) -> __m512i {
+        // SAFETY: token; bounds: 64 keys.
+        unsafe {
+            let keys = _mm512_loadu_si512(keys.as_ptr().cast());
+            let from_first = _mm512_subs_epu8(keys, _mm512_set1_epi8(self.first.cast_signed()));
+            _mm512_min_epu8(from_first, _mm512_set1_epi8(self.last.cast_signed()))
+        }
+    }
+}
+
 /// Any table.
 pub(super) struct Wide<'a>(&'a [[u8; 64]; 4]);
 
@@ -65,17 +93,51 @@ impl LookUp for Wide<'_> {
     }
 }
 
+/// Elements that have a pair of bits: neither, the first, the second, both.
+type Halves = [__m512i; 4];
+
 impl Avx512 {
-    /// The four bits of the classes of twice 64 keys: of the first in the lower four words, of the second above.
+    /// The bits of the classes of a row of words, lowest first, each of eight columns. Unless they are `ORDERED`, each
+    /// byte has its bits the last first.
     #[inline(always)]
-    fn planes(self, first: __m512i, second: __m512i) -> __m512i {
+    fn planes<const ORDERED: bool>(
+        self,
+        words: &[[u8; 64]; WORDS],
+        row: usize,
+        classes: &impl LookUp,
+    ) -> [__m512i; 4] {
         // SAFETY: token; bounds: 64 bytes of numbers each.
         unsafe {
-            let both = _mm512_or_si512(first, _mm512_slli_epi16::<4>(second));
-            // A matrix of 8 by 8 bits times each of its unit vectors is its transpose, the last row first.
-            let turned = _mm512_shuffle_epi8(both, _mm512_loadu_si512(LAST_FIRST.as_ptr().cast()));
-            let bits = _mm512_gf2p8affine_epi64_epi8::<0>(_mm512_set1_epi64(UNIT_VECTORS), turned);
-            _mm512_permutexvar_epi8(_mm512_loadu_si512(BYTES_OF_EIGHTS.as_ptr().cast()), bits)
+            let mut pairs = [_mm512_setzero_si512(); 4];
+            for (pair, bits) in pairs.iter_mut().enumerate() {
+                let word = (pair * 16 + row) % WORDS;
+                let first = classes.entries(self, &words[word]);
+                let second = classes.entries(self, &words[(word + 8) % WORDS]);
+                let mut both = _mm512_or_si512(first, _mm512_slli_epi16::<4>(second));
+                // A matrix of 8 by 8 bits times each of its unit vectors is its transpose, the last row first.
+                if ORDERED {
+                    both = _mm512_shuffle_epi8(both, _mm512_loadu_si512(LAST_FIRST.as_ptr().cast()));
+                }
+                *bits = _mm512_gf2p8affine_epi64_epi8::<0>(_mm512_set1_epi64(UNIT_VECTORS), both);
+            }
+            let [a, b, c, d] = pairs;
+            let low = _mm512_loadu_si512(PLANES.as_ptr().cast());
+            let high = _mm512_add_epi8(low, _mm512_set1_epi8(2));
+            let (ab, cd) = (_mm512_permutex2var_epi8(a, low, b), _mm512_permutex2var_epi8(c, low, d));
+            let (zero, one) = (_mm512_shuffle_i64x2::<0x44>(ab, cd), _mm512_shuffle_i64x2::<0xee>(ab, cd));
+            let (ab, cd) = (_mm512_permutex2var_epi8(a, high, b), _mm512_permutex2var_epi8(c, high, d));
+            let (two, three) = (_mm512_shuffle_i64x2::<0x44>(ab, cd), _mm512_shuffle_i64x2::<0xee>(ab, cd));
+            [zero, one, two, three]
+        }
+    }
+
+    #[inline(always)]
+    fn halves(self, zero: __m512i, one: __m512i) -> Halves {
+        // SAFETY: token.
+        unsafe {
+            let neither = _mm512_andnot_si512(_mm512_or_si512(zero, one), _mm512_set1_epi64(-1));
+            let (first, second) = (_mm512_andnot_si512(one, zero), _mm512_andnot_si512(zero, one));
+            [neither, first, second, _mm512_and_si512(zero, one)]
         }
     }
 
@@ -88,42 +150,85 @@ impl Avx512 {
         masks: &mut [[u64; WORDS]; MAX],
         classes: &impl LookUp,
     ) {
-        let words = keys.as_chunks::<64>().0;
+        let Some(words) = keys.as_chunks::<64>().0.as_array() else { return };
         // The words of eight columns that stand in a row.
         for row in 0..8 {
-            // SAFETY: token; bounds: 8 words of 64 of each mask.
-            unsafe {
-                let mut pairs = [_mm512_setzero_si512(); 4];
-                for (pair, planes) in pairs.iter_mut().enumerate() {
-                    let word = (pair * 16 + row) % WORDS;
-                    let first = classes.entries(self, &words[word]);
-                    *planes = self.planes(first, classes.entries(self, &words[(word + 8) % WORDS]));
-                }
-                // Plane by plane: 0 and 1, then 2 and 3, of four columns each; then of all eight.
-                let low = _mm512_setr_epi64(0, 4, 8, 12, 1, 5, 9, 13);
-                let high = _mm512_setr_epi64(2, 6, 10, 14, 3, 7, 11, 15);
-                let [a, b, c, d] = pairs;
-                let (ab, cd) = (_mm512_permutex2var_epi64(a, low, b), _mm512_permutex2var_epi64(c, low, d));
-                let (zero, one) =
-                    (_mm512_shuffle_i64x2::<0x44>(ab, cd), _mm512_shuffle_i64x2::<0xee>(ab, cd));
-                let (ab, cd) = (_mm512_permutex2var_epi64(a, high, b), _mm512_permutex2var_epi64(c, high, d));
-                let (two, three) =
-                    (_mm512_shuffle_i64x2::<0x44>(ab, cd), _mm512_shuffle_i64x2::<0xee>(ab, cd));
-                // The elements that have both bits of a half of the class.
-                let halves = |zero, one| {
-                    let neither = _mm512_andnot_si512(_mm512_or_si512(zero, one), _mm512_set1_epi64(-1));
-                    let (first, second) = (_mm512_andnot_si512(one, zero), _mm512_andnot_si512(zero, one));
-                    [neither, first, second, _mm512_and_si512(zero, one)]
-                };
-                let low = halves(zero, one);
-                let (groups, _) = masks.as_chunks_mut::<4>();
-                for (masks, high) in groups.iter_mut().zip(halves(two, three)).take(count.div_ceil(4)) {
-                    for (mask, low) in masks.iter_mut().zip(low) {
+            let [zero, one, two, three] = self.planes::<true>(words, row, classes);
+            let low = self.halves(zero, one);
+            let (groups, _) = masks.as_chunks_mut::<4>();
+            for (masks, high) in groups.iter_mut().zip(self.halves(two, three)).take(count.div_ceil(4)) {
+                for (mask, low) in masks.iter_mut().zip(low) {
+                    // SAFETY: token; bounds: 8 words of 64 of each mask.
+                    unsafe {
                         let mask = mask.as_mut_ptr().add(row * 8);
                         _mm512_storeu_si512(mask.cast(), _mm512_and_si512(high, low));
                     }
                 }
             }
+        }
+    }
+
+    /// As [`Isa::class_counts`].
+    #[inline(always)]
+    pub(super) fn counts_of(
+        self,
+        keys: &[u8; TILE],
+        count: usize,
+        counts: &mut [ClassCounts; MAX],
+        classes: &impl LookUp,
+    ) {
+        let Some(words) = keys.as_chunks::<64>().0.as_array() else { return };
+        // SAFETY: token.
+        let mut rows = [[unsafe { _mm512_setzero_si512() }; 4]; 8];
+        for (row, planes) in rows.iter_mut().enumerate() {
+            *planes = self.planes::<false>(words, row, classes);
+        }
+        let [first, second, third, fourth] = counts.as_chunks_mut().0 else { return };
+        self.counts_of_four::<0>(&rows, first);
+        if count > 4 {
+            self.counts_of_four::<1>(&rows, second);
+        }
+        if count > 8 {
+            self.counts_of_four::<2>(&rows, third);
+        }
+        if count > 12 {
+            self.counts_of_four::<3>(&rows, fourth);
+        }
+    }
+
+    /// Counts the classes whose upper bits are `HIGH`.
+    #[inline(always)]
+    fn counts_of_four<const HIGH: usize>(self, rows: &[[__m512i; 4]; 8], counts: &mut [ClassCounts; 4]) {
+        // SAFETY: token; bounds: 8 words of 64, 8 columns.
+        unsafe {
+            let mut sums = [_mm512_setzero_si512(); 4];
+            for (row, &[zero, one, two, three]) in rows.iter().enumerate() {
+                let high = self.halves(two, three)[HIGH];
+                for ((counts, sum), low) in counts.iter_mut().zip(&mut sums).zip(self.halves(zero, one)) {
+                    _mm512_storeu_si512(counts.words.as_mut_ptr().add(row * 8).cast(), *sum);
+                    *sum = _mm512_add_epi64(*sum, _mm512_popcnt_epi64(_mm512_and_si512(high, low)));
+                }
+            }
+            for (counts, sum) in counts.iter_mut().zip(sums) {
+                let (columns, all) = self.columns(sum);
+                let before = _mm256_set1_epi32(counts.all.cast_signed());
+                let columns = _mm256_add_epi32(before, _mm256_cvtepu16_epi32(columns));
+                _mm256_storeu_si256(counts.columns.as_mut_ptr().cast(), columns);
+                counts.all += all;
+            }
+        }
+    }
+
+    /// The sums before each of eight columns, and that of all.
+    #[inline(always)]
+    pub(super) fn columns(self, sums: __m512i) -> (__m128i, u32) {
+        // SAFETY: token.
+        unsafe {
+            let columns = _mm512_cvtepi64_epi16(sums);
+            let mut sum = _mm_add_epi16(columns, _mm_slli_si128::<2>(columns));
+            sum = _mm_add_epi16(sum, _mm_slli_si128::<4>(sum));
+            sum = _mm_add_epi16(sum, _mm_slli_si128::<8>(sum));
+            (_mm_sub_epi16(sum, columns), _mm_extract_epi16::<7>(sum) as u32)
         }
     }
 }

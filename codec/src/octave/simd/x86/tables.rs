@@ -15,12 +15,14 @@ pub(super) const LAST_FIRST: [u8; 64] = {
     }
     places
 };
-/// The first byte of each eight, the second of each, and so on.
-pub(super) const BYTES_OF_EIGHTS: [u8; 64] = {
+/// Of two times 64 bytes: the first of each eight of one, the fifth of each, both of the other, then the byte behind each
+/// of those.
+pub(super) const PLANES: [u8; 64] = {
     let mut places = [0; 64];
     let mut at = 0;
     while at < 64 {
-        places[at] = (at % 8 * 8 + at / 8) as u8;
+        let (eight, column, plane) = (at % 8, at / 8 % 4, at / 32);
+        places[at] = (column / 2 * 64 + eight * 8 + column % 2 * 4 + plane) as u8;
         at += 1;
     }
     places
