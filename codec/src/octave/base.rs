@@ -111,14 +111,17 @@ impl Kernel for CountUnseen<'_> {
     }
 }
 
-/// Calls `visit` with the position of each token that is at least `direct`. There are few.
+/// Calls `visit` with the position of each token that is at least `direct`. There are few: stretches that have none are
+/// passed over, first long ones, then short ones.
 fn for_far(tokens: &mut [u8], direct: u8, mut visit: impl FnMut(usize, &mut u8)) {
-    for (chunk, tokens) in tokens.chunks_mut(256).enumerate() {
-        if tokens.iter().fold(0, |most, &token| token.max(most)) < direct {
-            continue;
-        }
-        for (at, token) in tokens.iter_mut().enumerate().filter(|(_, token)| **token >= direct) {
-            visit(chunk * 256 + at, token);
+    const LONG: usize = 256;
+    const SHORT: usize = 32;
+    let reach = |tokens: &[u8]| tokens.iter().fold(0, |most, &token| token.max(most)) >= direct;
+    for (long, tokens) in tokens.chunks_mut(LONG).enumerate().filter(|(_, tokens)| reach(tokens)) {
+        for (short, tokens) in tokens.chunks_mut(SHORT).enumerate().filter(|(_, tokens)| reach(tokens)) {
+            for (at, token) in tokens.iter_mut().enumerate().filter(|(_, token)| **token >= direct) {
+                visit(long * LONG + short * SHORT + at, token);
+            }
         }
     }
 }
