@@ -30,8 +30,8 @@ pub(super) struct Lists {
     large: Vec<(u32, u64)>,
     /// How many those of each class are.
     large_counts: [usize; MAX],
-    /// Each change by more than 1 in order: its index, and where its rank is.
-    wide: Vec<(u32, u32)>,
+    /// Each change by more than 1, in the order of the block: its index, and where its rank is.
+    large_places: Vec<(u32, u32)>,
     // On the heap from the start: the compiler takes minutes over arrays of this size on the stack.
     tile: Box<TileCounts>,
 }
@@ -63,7 +63,7 @@ impl Lists {
         self.ranks.resize(sum.max(self.ranks.len()), 0);
         self.gaps.resize(sum.max(self.gaps.len()), 0);
         self.large.resize(sum.max(self.large.len()), (0, 0));
-        self.wide.resize(sum.max(self.wide.len()), (0, 0));
+        self.large_places.resize(sum.max(self.large_places.len()), (0, 0));
         level.run(Rank { survey, classes: &classes, lists: self });
         classes
     }
@@ -94,7 +94,7 @@ impl Kernel for Rank<'_> {
     fn run<I: Isa>(self, isa: I) {
         let Self { survey, classes, lists } = self;
         let (table, ranges) = (classes.table(), classes.ranges());
-        let Lists { ranks, gaps, ends, large, large_counts, wide, tile } = lists;
+        let Lists { ranks, gaps, ends, large, large_counts, large_places, tile } = lists;
         let ranks = &mut ranks[..];
         let mut starts = [0; MAX];
         starts[1..].copy_from_slice(&ends[..MAX - 1]);
@@ -105,7 +105,7 @@ impl Kernel for Rank<'_> {
         for (keys, changes) in survey.keys().chunks(TILE).zip(survey.tiles()) {
             let (keys, counts) = tile.fill(isa, keys, classes, &table);
             let (words, _) = keys.as_chunks::<64>();
-            let wide = &mut wide[found..][..changes.places.len()];
+            let large_places = &mut large_places[found..][..changes.places.len()];
             let mut more = 0;
             for ((&place, &old), &step) in changes.places.iter().zip(changes.olds).zip(changes.steps) {
                 let class = usize::from(table[usize::from(old & 0xff)]) % MAX;
@@ -117,14 +117,14 @@ impl Kernel for Rank<'_> {
                     *to = rank << 1 | (step & 1) as u32;
                 }
                 // Written in any case: a branch would be mispredicted.
-                wide[more] = (index, to as u32);
+                large_places[more] = (index, to as u32);
                 more += usize::from(step > 1);
                 index += 1;
             }
             found += more;
         }
         let mut large_ends = starts;
-        for &(change, place) in &wide[..found] {
+        for &(change, place) in &large_places[..found] {
             let (old, step) = survey.change(change as usize);
             let class = usize::from(table[usize::from(old & 0xff)]) % MAX;
             large[large_ends[class]] = (place - starts[class] as u32, step >> 1);

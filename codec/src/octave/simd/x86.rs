@@ -11,7 +11,7 @@ use super::super::elem::Elem;
 use super::super::rans::{CHANCE_BITS, EncodeTable, LOWEST, TOTAL};
 use super::{ClassCounts, Counts, Isa, LANES, MAX, MOST_LISTED, TILE, WORDS, compare_each, slot};
 use crate::xxh3::{Lanes, STRIPE};
-use masks::{LookUp, Narrow, Single, Wide};
+use masks::{LookUp, Narrow, Wide};
 use tables::{BYTE_NUMBERS, EVEN_BYTES};
 
 /// The processor has AVX2, BMI1, BMI2, LZCNT and POPCNT.
@@ -293,10 +293,9 @@ impl Isa for Avx512 {
         table: &[u8; 256],
         counts: &mut [ClassCounts; MAX],
     ) {
-        match (Single::of(classes), Narrow::of(classes, table)) {
-            (Some(single), _) => self.counts_of(keys, classes.count(), counts, &single),
-            (None, Some(narrow)) => self.counts_of(keys, classes.count(), counts, &narrow),
-            (None, None) => self.counts_of(keys, classes.count(), counts, &Wide::of(table)),
+        match Narrow::of(classes, table) {
+            Some(narrow) => self.counts_of(keys, classes.count(), counts, &narrow),
+            None => self.counts_of(keys, classes.count(), counts, &Wide::of(table)),
         }
     }
 

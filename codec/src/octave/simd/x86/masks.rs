@@ -39,34 +39,6 @@ impl LookUp for Narrow {
     }
 }
 
-/// The classes of keys if all but the first and the last have one key.
-pub(super) struct Single {
-    first: u8,
-    last: u8,
-}
-
-impl Single {
-    #[inline(always)]
-    pub(super) fn of(classes: &Classes) -> Option<Self> {
-        let bounds = classes.bounds();
-        let (&first, &last) = (bounds.first()?, bounds.last()?);
-        let single = usize::from(last - first) == bounds.len() - 1;
-        single.then_some(Self { first: first.checked_sub(1)?, last: bounds.len() as u8 })
-    }
-}
-
-impl LookUp for Single {
-    #[inline(always)]
-    fn entries(&self, _: Avx512, keys: &[u8; 64]) -> __m512i {
-        // SAFETY: token; bounds: 64 keys.
-        unsafe {
-            let keys = _mm512_loadu_si512(keys.as_ptr().cast());
-            let from_first = _mm512_subs_epu8(keys, _mm512_set1_epi8(self.first.cast_signed()));
-            _mm512_min_epu8(from_first, _mm512_set1_epi8(self.last.cast_signed()))
-        }
-    }
-}
-
 /// Any table.
 pub(super) struct Wide<'a>(&'a [[u8; 64]; 4]);
 
