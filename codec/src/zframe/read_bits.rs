@@ -14,10 +14,14 @@ pub(super) struct BackwardBits<'a> {
 impl<'a> BackwardBits<'a> {
     pub(super) fn new(bytes: &'a [u8]) -> Option<Self> {
         let last = *bytes.last().filter(|last| **last > 0)?;
-        let left = bytes.len() * 8 - last.leading_zeros() as usize - 1;
+        Some(Self::with(bytes, bytes.len() * 8 - last.leading_zeros() as usize - 1))
+    }
+
+    /// What is left of a stream: its first `left` bits.
+    pub(super) fn with(bytes: &'a [u8], left: usize) -> Self {
         let mut bits = Self { bytes, left, word: 0, taken: 0 };
         bits.load();
-        Some(bits)
+        bits
     }
 
     /// Makes the next 57 bits ready. `None` if more were taken than there were.

@@ -11,8 +11,12 @@ use crate::xor::xor_into;
 
 /// The longest block that the format allows.
 const BLOCK: usize = 128 << 10;
-/// Literals are read 8 at a time.
-const SLACK: usize = 8;
+/// Literals are read so many at a time.
+const SLACK: usize = 16;
+/// From so many sequences on their lengths are too different to be guessed.
+const MANY: usize = 2048;
+/// Above so many bytes such a block is XORed; twice as many still fit the nearest cache.
+const WINDOW: usize = 8 << 10;
 
 /// XORs the content of `frame`, a whole frame that says that it holds as many bytes as `target`, into `target`. An
 /// error says how many bytes are ready, because the rest was not understood. At most 0.2 MiB are held.
@@ -22,12 +26,13 @@ pub(super) fn xor(frame: &[u8], target: &mut [u8], written: &mut dyn FnMut(&[u8]
         target,
         written,
         done: 0,
-        last: 0,
+        touched: 0,
         literals: Vec::new(),
         huffman: None,
         literal_states: None,
         run_states: None,
         near: false,
+        mask: Vec::new(),
     };
     match reader.frame(frame) {
         Some(()) if reader.done == reader.target.len() => Ok(()),
@@ -40,14 +45,16 @@ struct Reader<'a> {
     written: &'a mut dyn FnMut(&[u8]),
     /// How many bytes of the target are ready.
     done: usize,
-    /// The byte of the content before.
-    last: u8,
+    /// How many bytes of the target have been read, so that their lines are in the cache.
+    touched: usize,
     literals: Vec<u8>,
     huffman: Option<Box<Literals>>,
     literal_states: Option<Box<States>>,
     run_states: Option<Box<States>>,
     /// Whether the offsets of the block before were all the one that is used last.
     near: bool,
+    /// For blocks of many sequences.
+    mask: Vec<u8>,
 }
 
 impl Reader<'_> {
@@ -75,10 +82,7 @@ impl Reader<'_> {
             let start = self.done;
             match head >> 1 & 3 {
                 0 => self.literal(block)?,
-                1 if size <= BLOCK => {
-                    self.last = *block.first()?;
-                    self.run(size)?;
-                }
+                1 if size <= BLOCK => self.run(size, *block.first()?)?,
                 2 => self.block(block)?,
                 _ => return None,
             }
@@ -92,16 +96,15 @@ impl Reader<'_> {
     /// XORs bytes.
     fn literal(&mut self, bytes: &[u8]) -> Option<()> {
         xor_into(self.target.get_mut(self.done..self.done + bytes.len())?, bytes);
-        self.last = *bytes.last().unwrap_or(&self.last);
         self.done += bytes.len();
         Some(())
     }
 
-    /// XORs the last byte `length` times.
-    fn run(&mut self, length: usize) -> Option<()> {
+    /// XORs one byte `length` times.
+    fn run(&mut self, length: usize, byte: u8) -> Option<()> {
         let place = self.target.get_mut(self.done..self.done + length)?;
-        if self.last != 0 {
-            place.iter_mut().for_each(|byte| *byte ^= self.last);
+        if byte != 0 {
+            xor_all(place, byte);
         }
         self.done += length;
         Some(())
@@ -141,7 +144,7 @@ impl Reader<'_> {
             literals.resize(length + SLACK, 0);
             return Some(rest);
         }
-        let (bits, at) = match format {
+        let (bits, mut at) = match format {
             0 | 1 => (10, 3),
             2 => (14, 4),
             _ => (18, 5),
@@ -151,19 +154,19 @@ impl Reader<'_> {
         if length > BLOCK / 2 {
             return None;
         }
-        let (mut streams, rest) = block.get(at..)?.split_at_checked(packed)?;
+        let (streams, rest) = block.split_at_checked(at + packed)?;
         if kind == 2 {
-            let (huffman, described) = Literals::read(streams)?;
+            let (huffman, described) = Literals::read(streams.get(at..)?)?;
             self.huffman = Some(huffman);
-            streams = streams.get(described..)?;
+            at += described;
         }
         literals.resize(length + SLACK, 0);
         let places = literals.get_mut(..length)?;
         let huffman = self.huffman.as_ref()?;
         if format == 0 {
-            huffman.decode(streams, places)?
+            huffman.decode(streams.get(at..)?, places)?
         } else {
-            huffman.decode_four(streams, places)?
+            huffman.decode_four(streams, at, places)?
         }
         Some(rest)
     }
@@ -181,7 +184,7 @@ impl Reader<'_> {
             255 => return None,
         };
         let (&modes, rest) = rest.split_first()?;
-        let rest = table(modes >> 6, rest, &LITERAL_DEFAULT, &mut self.literal_states)?;
+        let rest = table(modes >> 6, rest, &LITERAL_DEFAULT, &LITERALS, &mut self.literal_states)?;
         // The offset code 0 stands for the offset that was used last, which is one at the start of a frame.
         let rest = match modes >> 4 & 3 {
             1 => rest.strip_prefix(&[0])?,
@@ -189,7 +192,7 @@ impl Reader<'_> {
             _ => return None,
         };
         self.near = true;
-        let rest = table(modes >> 2 & 3, rest, &MATCH_DEFAULT, &mut self.run_states)?;
+        let rest = table(modes >> 2 & 3, rest, &MATCH_DEFAULT, &RUNS, &mut self.run_states)?;
         if modes & 3 != 0 {
             return None;
         }
@@ -210,66 +213,199 @@ impl Reader<'_> {
         literal_states: &States,
         run_states: &States,
     ) -> Option<usize> {
-        static LITERALS: [(u32, u32); 36] = lengths(0);
-        static RUNS: [(u32, u32); 53] = lengths(MIN_MATCH);
-        let mut bits = BackwardBits::new(stream)?;
-        let mut literal_state = literal_states.begin(&mut bits);
-        let mut run_state = run_states.begin(&mut bits);
-        let (mut used, end, limit) = (0, literals.len() - SLACK, self.done + BLOCK);
-        for left in (0..number).rev() {
-            bits.refill()?;
-            let &(run, extra) = RUNS.get(usize::from(run_states.symbol(run_state)))?;
-            let run = (run + bits.take(extra)) as usize;
-            let &(length, extra) = LITERALS.get(usize::from(literal_states.symbol(literal_state)))?;
-            let length = (length + bits.take(extra)) as usize;
-            if left > 0 {
-                literal_state = literal_states.next(literal_state, &mut bits);
-                run_state = run_states.next(run_state, &mut bits);
-            }
-            // Without literals the code would stand for another offset.
-            if length == 0 || length > end - used || self.done + length + run > limit {
-                return None;
-            }
-            let now = literals.get(used..used + length)?;
-            let place = self.target.get_mut(self.done..self.done + length.max(8));
-            match (place, literals.get(used..used + 8)) {
-                (Some(place), Some(eight)) if length <= 8 => {
-                    let (place, eight) = (place.first_chunk_mut::<8>()?, eight.first_chunk::<8>()?);
-                    let mask = u64::from_le_bytes(*eight) & u64::MAX >> (64 - 8 * length);
-                    *place = (u64::from_le_bytes(*place) ^ mask).to_le_bytes();
-                    self.done += length;
-                    self.last = *now.last()?;
-                }
-                _ => self.literal(now)?,
-            }
-            used += length;
-            self.run(run)?;
-        }
-        bits.refill()?;
-        (bits.is_done() && self.done + (end - used) <= limit).then_some(used)
+        let bits = BackwardBits::new(stream)?;
+        let states = (literal_states, run_states);
+        let (target, done) = (&mut *self.target, self.done);
+        self.touched = touch(target, self.touched, done + BLOCK);
+        let used;
+        (used, self.done) = if number < MANY {
+            let mut place = Sparse { target, done };
+            (carry_out(number, bits, literals, states, &mut place), place.done)
+        } else {
+            self.mask.resize(2 * WINDOW, 0);
+            let mut place = Dense { target, done, mask: &mut self.mask, at: 0 };
+            (carry_out(number, bits, literals, states, &mut place), place.done)
+        };
+        used
     }
 }
+
+/// Reads a word of each line of the cache between `touched` and `end`: one after another they come faster than here and
+/// there. Returns where it stopped.
+fn touch(target: &[u8], touched: usize, end: usize) -> usize {
+    let end = end.min(target.len());
+    let lines = target.get(touched..end).unwrap_or_default().as_chunks::<64>().0.iter();
+    let word = |line: &[u8; 64]| line.first_chunk().copied().map_or(0, u64::from_ne_bytes);
+    std::hint::black_box(lines.fold(0, |all, line| all | word(line)));
+    end.max(touched)
+}
+
+/// XORs one byte into all.
+fn xor_all(target: &mut [u8], byte: u8) {
+    target.iter_mut().for_each(|place| *place ^= byte);
+}
+
+/// Carries out sequences. Returns how many literals they took.
+#[inline]
+fn carry_out(
+    number: usize,
+    mut bits: BackwardBits<'_>,
+    literals: &[u8],
+    (literal_states, run_states): (&States, &States),
+    place: &mut impl Place,
+) -> Option<usize> {
+    let mut literal_state = literal_states.begin(&mut bits);
+    let mut run_state = run_states.begin(&mut bits);
+    let (mut used, mut room) = (0, BLOCK);
+    for left in (0..number).rev() {
+        bits.refill()?;
+        let (run_step, literal_step) = (run_states.step(run_state), literal_states.step(literal_state));
+        let run = run_step.value(&mut bits);
+        let length = literal_step.value(&mut bits);
+        if left > 0 {
+            literal_state = literal_step.next(&mut bits);
+            run_state = run_step.next(&mut bits);
+        }
+        room = room.checked_sub(length + run)?;
+        // Without literals the code would stand for another offset.
+        if length == 0 {
+            return None;
+        }
+        place.put(literals.get(used..)?, length, run)?;
+        used += length;
+    }
+    place.end()?;
+    bits.refill()?;
+    let rest = (literals.len() - SLACK).checked_sub(used)?;
+    (bits.is_done() && rest <= room).then_some(used)
+}
+
+/// What sequences are XORed into. How much of it is ready is right also after a `None`, which means that something is
+/// missing or does not fit.
+trait Place {
+    /// XORs the first `length` bytes of `literals`, one at least, then the last of them `run` times. More literals may be
+    /// read than that.
+    fn put(&mut self, literals: &[u8], length: usize, run: usize) -> Option<()>;
+
+    /// Makes ready what was put.
+    fn end(&mut self) -> Option<()>;
+}
+
+/// XORs bytes into the target where they belong.
+struct Sparse<'a> {
+    target: &'a mut [u8],
+    done: usize,
+}
+
+impl Place for Sparse<'_> {
+    #[inline]
+    fn put(&mut self, literals: &[u8], length: usize, run: usize) -> Option<()> {
+        let place = self.target.get_mut(self.done..)?;
+        let last = match (place.first_chunk_mut::<8>(), literals.first_chunk::<8>()) {
+            (Some(place), Some(eight)) if length <= 8 => {
+                let above = 64 - 8 * length;
+                let mask = u64::from_le_bytes(*eight) << above;
+                *place = (u64::from_le_bytes(*place) ^ mask >> above).to_le_bytes();
+                mask.to_le_bytes()[7]
+            }
+            _ => {
+                let literals = literals.get(..length)?;
+                xor_into(place.get_mut(..length)?, literals);
+                *literals.last()?
+            }
+        };
+        self.done += length;
+        if last != 0 {
+            xor_all(self.target.get_mut(self.done..self.done + run)?, last);
+        }
+        self.done += run;
+        Some(())
+    }
+
+    fn end(&mut self) -> Option<()> {
+        (self.done <= self.target.len()).then_some(())
+    }
+}
+
+/// Writes the bytes side by side and XORs many of them at once: the processor cannot guess how many stand between two
+/// runs where there are many, and need not here.
+struct Dense<'a> {
+    target: &'a mut [u8],
+    done: usize,
+    /// `at` bytes that come next, and zeros.
+    mask: &'a mut [u8],
+    at: usize,
+}
+
+impl Dense<'_> {
+    fn flush(&mut self) -> Option<()> {
+        let place = self.target.get_mut(self.done..self.done + self.at)?;
+        // The rest is zero.
+        let mask = self.mask.get_mut(..self.at.min(2 * WINDOW))?;
+        xor_into(place, mask);
+        mask.fill(0);
+        self.done += self.at;
+        self.at = 0;
+        Some(())
+    }
+}
+
+impl Place for Dense<'_> {
+    #[inline]
+    fn put(&mut self, literals: &[u8], length: usize, run: usize) -> Option<()> {
+        if length <= SLACK {
+            *self.mask.get_mut(self.at..)?.first_chunk_mut::<SLACK>()? = *literals.first_chunk()?;
+            self.at += length;
+            *self.mask.get_mut(self.at..)?.first_chunk_mut()? = [0; SLACK];
+        } else {
+            for piece in literals.get(..length)?.chunks(WINDOW / 2) {
+                self.mask.get_mut(self.at..self.at + piece.len())?.copy_from_slice(piece);
+                self.at += piece.len();
+                if self.at > WINDOW {
+                    self.flush()?;
+                }
+            }
+        }
+        let last = *literals.get(length - 1)?;
+        if last != 0 {
+            self.flush()?;
+            xor_all(self.target.get_mut(self.done..self.done + run)?, last);
+            self.done += run;
+            return Some(());
+        }
+        self.at += run;
+        if self.at > WINDOW { self.flush() } else { Some(()) }
+    }
+
+    fn end(&mut self) -> Option<()> {
+        self.flush()
+    }
+}
+
+static LITERALS: [(u32, u32); 36] = lengths(0);
+static RUNS: [(u32, u32); 53] = lengths(MIN_MATCH);
 
 /// The states that `mode` tells, and what is behind its header.
 fn table<'b>(
     mode: u8,
     rest: &'b [u8],
     default: &[i16],
+    meanings: &[(u32, u32)],
     states: &mut Option<Box<States>>,
 ) -> Option<&'b [u8]> {
     match mode {
         0 => {
-            *states = Some(Box::new(States::of(&Distribution::fixed(default))));
+            *states = Some(Box::new(States::of(&Distribution::fixed(default), meanings)));
             Some(rest)
         }
         1 => {
             let (&symbol, rest) = rest.split_first()?;
-            *states = Some(Box::new(States::one(symbol)));
+            *states = Some(Box::new(States::one(symbol, meanings)));
             Some(rest)
         }
         2 => {
             let (distribution, length) = Distribution::read(rest, default.len(), 9)?;
-            *states = Some(Box::new(States::of(&distribution)));
+            *states = Some(Box::new(States::of(&distribution, meanings)));
             rest.get(length..)
         }
         _ => states.is_some().then_some(rest),

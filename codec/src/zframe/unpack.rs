@@ -10,31 +10,46 @@ const MAX_BITS: u32 = 11;
 /// What each state of a finite state decoder means.
 #[derive(Clone)]
 pub(super) struct States {
-    /// Symbol, bits to the next state, lowest next state.
-    states: [(u8, u8, u16); 1 << 9],
+    states: [Step; 1 << 9],
     log: u32,
 }
 
+/// One state: a value, whose lowest bits follow, and the way to the next state.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Step {
+    /// The lowest value.
+    pub(super) value: u32,
+    /// How many bits are added to it.
+    pub(super) extra: u8,
+    /// How many bits lead to the next state.
+    bits: u8,
+    /// The lowest next state.
+    next: u16,
+}
+
 impl States {
-    pub(super) fn of(distribution: &Distribution) -> Self {
+    /// The states of symbols that stand for the values `meanings` and the bits that follow each of them.
+    pub(super) fn of(distribution: &Distribution, meanings: &[(u32, u32)]) -> Self {
         let (spread, log) = (distribution.spread(), distribution.log());
         let size = 1u32 << log;
         let mut next = distribution.sizes();
-        let mut states = [(0, 0, 0); 1 << 9];
+        let mut states = [Step::default(); 1 << 9];
         for (state, &symbol) in states.iter_mut().zip(&spread).take(size as usize) {
             let Some(next) = next.get_mut(usize::from(symbol)) else { continue };
             let bits = log - next.ilog2();
             let base = (*next << bits) - size;
-            *state = (symbol, bits.to_le_bytes()[0], u16::try_from(base).unwrap_or_default());
+            *state = Step::of(symbol, meanings);
+            state.bits = bits.to_le_bytes()[0];
+            state.next = u16::try_from(base).unwrap_or_default();
             *next += 1;
         }
         Self { states, log }
     }
 
     /// One symbol for ever.
-    pub(super) fn one(symbol: u8) -> Self {
-        let mut states = [(0, 0, 0); 1 << 9];
-        states[0] = (symbol, 0, 0);
+    pub(super) fn one(symbol: u8, meanings: &[(u32, u32)]) -> Self {
+        let mut states = [Step::default(); 1 << 9];
+        states[0] = Step::of(symbol, meanings);
         Self { states, log: 0 }
     }
 
@@ -43,23 +58,33 @@ impl States {
     }
 
     #[inline]
-    pub(super) fn symbol(&self, state: usize) -> u8 {
-        self.states[state % (1 << 9)].0
+    pub(super) fn step(&self, state: usize) -> Step {
+        self.states[state % (1 << 9)]
+    }
+}
+
+impl Step {
+    fn of(symbol: u8, meanings: &[(u32, u32)]) -> Self {
+        let (value, extra) = meanings.get(usize::from(symbol)).copied().unwrap_or_default();
+        Self { value, extra: extra.to_le_bytes()[0], ..Self::default() }
     }
 
     #[inline]
-    pub(super) fn next(&self, state: usize, bits: &mut BackwardBits<'_>) -> usize {
-        let (_, count, base) = self.states[state % (1 << 9)];
-        usize::from(base) + bits.take(count.into()) as usize
+    pub(super) fn value(self, bits: &mut BackwardBits<'_>) -> usize {
+        (self.value + bits.take(self.extra.into())) as usize
+    }
+
+    #[inline]
+    pub(super) fn next(self, bits: &mut BackwardBits<'_>) -> usize {
+        usize::from(self.next) + bits.take(self.bits.into()) as usize
     }
 }
 
 /// A table that turns the next bits into a literal.
 #[derive(Clone)]
 pub(super) struct Literals {
-    /// Literal, and the bits that it takes.
-    table: [(u8, u8); 1 << MAX_BITS],
-    bits: u32,
+    /// Literal above the number of bits that it takes, by the next [`MAX_BITS`] bits.
+    table: [u16; 1 << MAX_BITS],
 }
 
 impl Literals {
@@ -91,17 +116,22 @@ impl Literals {
             return None;
         }
         *weights.get_mut(count)? = (left.ilog2() + 1).to_le_bytes()[0];
-        let mut table = [(0, 0); 1 << MAX_BITS];
-        let mut at = 0;
-        for weight in 1..=MAX_BITS.to_le_bytes()[0] {
-            for (literal, _) in (0u8..=255).zip(&weights).filter(|(_, other)| **other == weight) {
-                let end = at + size(weight) as usize;
-                let length = bits.to_le_bytes()[0] + 1 - weight;
-                table.get_mut(at..end)?.fill((literal, length));
-                at = end;
-            }
+        let scale = MAX_BITS - bits;
+        // Light ones come first, those of one weight in their order.
+        let mut starts = [0; MAX_BITS as usize + 2];
+        for &weight in &weights {
+            *starts.get_mut(usize::from(weight) + 1)? += size(weight) as usize;
         }
-        Some((Box::new(Self { table, bits }), 1 + length))
+        (1..starts.len()).for_each(|weight| starts[weight] += starts[weight - 1]);
+        let mut table = [0; 1 << MAX_BITS];
+        for (literal, &weight) in (0u16..=255).zip(&weights).filter(|(_, weight)| **weight > 0) {
+            let start = starts.get_mut(usize::from(weight))?;
+            let end = *start + size(weight) as usize;
+            let length = u16::from(bits.to_le_bytes()[0] + 1 - weight);
+            table.get_mut(*start << scale..end << scale)?.fill(literal << 8 | length);
+            *start = end;
+        }
+        Some((Box::new(Self { table }), 1 + length))
     }
 
     /// Decodes one stream that holds just `literals.len()` literals.
@@ -109,40 +139,45 @@ impl Literals {
         self.finish(BackwardBits::new(stream)?, literals)
     }
 
-    /// Decodes four streams behind their jump table.
-    pub(super) fn decode_four(&self, streams: &[u8], literals: &mut [u8]) -> Option<()> {
-        let (jumps, mut rest) = streams.split_first_chunk::<6>()?;
-        let mut take = |length: usize| {
-            let (now, later) = rest.split_at_checked(length)?;
-            rest = later;
-            BackwardBits::new(now)
-        };
-        let [a, b, c, d, e, f] = jumps.map(usize::from);
-        let mut bits = [take(a | b << 8)?, take(c | d << 8)?, take(e | f << 8)?, BackwardBits::new(rest)?];
+    /// Decodes four streams behind their jump table, which begins at `start`.
+    pub(super) fn decode_four(&self, bytes: &[u8], start: usize, literals: &mut [u8]) -> Option<()> {
+        let [a, b, c, d, e, f] = bytes.get(start..)?.first_chunk()?.map(usize::from);
+        let first = start + 6;
+        let second = first + (a | b << 8);
+        let third = second + (c | d << 8);
+        let fourth = third + (e | f << 8);
+        let starts = [first, second, third, fourth];
+        let mut streams = [
+            Stream::new(bytes, second)?,
+            Stream::new(bytes, third)?,
+            Stream::new(bytes, fourth)?,
+            Stream::new(bytes, bytes.len())?,
+        ];
         let quarter = literals.len().div_ceil(4);
         let (first, rest) = literals.split_at_mut_checked(quarter)?;
         let (second, rest) = rest.split_at_mut_checked(quarter)?;
         let (third, fourth) = rest.split_at_mut_checked(quarter)?;
         // Side by side, because no stream has to wait for another one.
-        let mut groups = [first, second, third, fourth].map(|literals| literals.as_chunks_mut::<5>());
-        let together = groups.iter().map(|(groups, _)| groups.len()).min()?;
-        for group in 0..together {
-            for ((groups, _), bits) in groups.iter_mut().zip(&mut bits) {
-                bits.refill()?;
-                for literal in groups.get_mut(group)? {
-                    *literal = self.literal(bits);
-                }
+        let together = fourth.len() / 5;
+        let (firsts, first) = first.split_at_mut(5 * together);
+        let (seconds, second) = second.split_at_mut(5 * together);
+        let (thirds, third) = third.split_at_mut(5 * together);
+        let (fourths, fourth) = fourth.split_at_mut(5 * together);
+        let groups = firsts.as_chunks_mut::<5>().0.iter_mut().zip(seconds.as_chunks_mut::<5>().0);
+        let groups = groups.zip(thirds.as_chunks_mut::<5>().0).zip(fourths.as_chunks_mut::<5>().0);
+        for (((first, second), third), fourth) in groups {
+            for place in 0..5 {
+                first[place] = self.literal(&mut streams[0]);
+                second[place] = self.literal(&mut streams[1]);
+                third[place] = self.literal(&mut streams[2]);
+                fourth[place] = self.literal(&mut streams[3]);
+            }
+            for stream in &mut streams {
+                stream.refill(bytes)?;
             }
         }
-        for ((groups, tail), mut bits) in groups.into_iter().zip(bits) {
-            for group in groups.get_mut(together..)? {
-                bits.refill()?;
-                for literal in group {
-                    *literal = self.literal(&mut bits);
-                }
-            }
-            bits.refill()?;
-            self.finish(bits, tail)?;
+        for ((start, stream), tail) in starts.into_iter().zip(streams).zip([first, second, third, fourth]) {
+            self.finish(stream.rest(bytes, start)?, tail)?;
         }
         Some(())
     }
@@ -151,34 +186,81 @@ impl Literals {
         for group in literals.chunks_mut(5) {
             bits.refill()?;
             for literal in group {
-                *literal = self.literal(&mut bits);
+                let entry = self.table[bits.peek(MAX_BITS) as usize % (1 << MAX_BITS)];
+                bits.skip((entry & 0xff).into());
+                *literal = (entry >> 8) as u8;
             }
         }
         bits.is_done().then_some(())
     }
 
     #[inline]
-    fn literal(&self, bits: &mut BackwardBits<'_>) -> u8 {
-        let (literal, count) = self.table[bits.peek(self.bits) as usize % (1 << MAX_BITS)];
-        bits.skip(count.into());
-        literal
+    fn literal(&self, stream: &mut Stream) -> u8 {
+        let entry = self.table[(stream.word >> (64 - MAX_BITS)) as usize];
+        stream.word <<= entry & 63;
+        (entry >> 8).to_le_bytes()[0]
+    }
+}
+
+/// One of four streams while most of it is ahead.
+#[derive(Clone, Copy)]
+struct Stream {
+    /// The next bits, the highest first. The lowest that is set is none of the stream: it shows how many were taken.
+    word: u64,
+    /// Where the bytes of `word` begin.
+    at: usize,
+}
+
+impl Stream {
+    /// A stream that ends at `end`. It is an error if it has less than eight bytes before it, because it has headers.
+    fn new(bytes: &[u8], end: usize) -> Option<Self> {
+        let mut stream = Self { word: 0, at: end.checked_sub(8)? };
+        stream.load(bytes)?;
+        let zeros = (stream.word | 1).leading_zeros();
+        // The first bit that is set marks the beginning, in the last byte.
+        (zeros < 8).then(|| stream.word = (stream.word | 1) << zeros << 1)?;
+        Some(stream)
+    }
+
+    /// Makes the next 56 bits ready. Fails at the start of `bytes`.
+    #[inline]
+    fn refill(&mut self, bytes: &[u8]) -> Option<()> {
+        let taken = self.word.trailing_zeros();
+        self.at = self.at.checked_sub((taken / 8) as usize)?;
+        self.load(bytes)?;
+        self.word = (self.word | 1) << (taken % 8);
+        Some(())
+    }
+
+    #[inline]
+    fn load(&mut self, bytes: &[u8]) -> Option<()> {
+        self.word = u64::from_le_bytes(*bytes.get(self.at..)?.first_chunk()?);
+        Some(())
+    }
+
+    /// What is left of the stream that begins at `start`.
+    fn rest<'a>(&self, bytes: &'a [u8], start: usize) -> Option<BackwardBits<'a>> {
+        let left = (self.at * 8 + 64).checked_sub(self.word.trailing_zeros() as usize + start * 8)?;
+        Some(BackwardBits::with(bytes.get(start..)?, left))
     }
 }
 
 /// Weights behind the header of their distribution, two states taking turns until the bits end.
 fn unpack_weights(bytes: &[u8], weights: &mut [u8; 256]) -> Option<usize> {
     let (distribution, head) = Distribution::read(bytes, 12, 6)?;
-    let states = States::of(&distribution);
+    let plain = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11].map(|weight| (weight, 0));
+    let states = States::of(&distribution, &plain);
     let mut bits = BackwardBits::new(bytes.get(head..)?)?;
     let mut now = states.begin(&mut bits);
     let mut later = states.begin(&mut bits);
+    let weight = |state: usize| states.step(state).value.to_le_bytes()[0];
     // One place stays free for the last weight.
     for count in 0..254 {
-        *weights.get_mut(count)? = states.symbol(now);
+        *weights.get_mut(count)? = weight(now);
         bits.refill()?;
-        let next = states.next(now, &mut bits);
+        let next = states.step(now).next(&mut bits);
         if bits.refill().is_none() {
-            *weights.get_mut(count + 1)? = states.symbol(later);
+            *weights.get_mut(count + 1)? = weight(later);
             return Some(count + 2);
         }
         now = std::mem::replace(&mut later, next);
