@@ -47,12 +47,12 @@ fn write<C: Content>(blocks: impl Iterator<Item = C>, out: &mut Vec<u8>) {
 
 /// Writes a block with codes of its own.
 fn block(parts: &Parts, last: bool, bits: &mut Bits<'_>) {
-    let literals = parts.literals.get(..parts.count).unwrap_or_default();
+    let literals = parts.literals.get(..parts.count as usize).unwrap_or_default();
     let mut counts = [0; CODES];
     counts.iter_mut().zip(count(literals)).for_each(|(to, from)| *to = from);
     counts[END] = 1;
-    for sequence in &parts.sequences {
-        matches(sequence.lengths().1, |length| counts[length_code(length).0] += 1);
+    for sequence in parts.sequences() {
+        matches(sequence.run as usize, |length| counts[length_code(length).0] += 1);
     }
     // A literal and the end at least: there are two symbols.
     let Some(lengths) = code_lengths(&counts, 15) else { return };
@@ -60,8 +60,8 @@ fn block(parts: &Parts, last: bool, bits: &mut Bits<'_>) {
     write_lengths(&lengths, bits);
     let codes = codes(&lengths);
     let mut rest = literals;
-    for sequence in &parts.sequences {
-        let (number, run) = sequence.lengths();
+    for sequence in parts.sequences() {
+        let (number, run) = (sequence.literals as usize, sequence.run as usize);
         let (now, later) = rest.split_at(number.min(rest.len()));
         now.iter().for_each(|&literal| bits.put(codes[usize::from(literal)]));
         rest = later;

@@ -239,13 +239,14 @@ impl Encoder {
         State(self.follow((bits << 16).wrapping_sub(step.bits) >> bits, step))
     }
 
-    /// Encodes the symbol before.
+    /// Encodes the symbol before: the bits to write, and their number.
     #[inline]
-    pub(super) fn encode(&self, state: &mut State, symbol: u8, out: &mut BitWriter<'_>) {
+    pub(super) fn encode(&self, state: &mut State, symbol: u8) -> (u64, u32) {
         let step = self.step(symbol);
         let bits = state.0.wrapping_add(step.bits) >> 16;
-        out.add(u64::from(state.0 & ((1 << bits) - 1)), bits);
+        let value = u64::from(state.0 & ((1 << bits) - 1));
         state.0 = self.follow(state.0 >> bits, step);
+        (value, bits)
     }
 
     /// Writes the state that the decoder begins with.

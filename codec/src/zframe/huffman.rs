@@ -182,27 +182,23 @@ fn depths(symbols: &[(u32, usize)]) -> Vec<u32> {
     depths
 }
 
-/// Makes no length longer than `longest`, and the code complete again. Rare symbols come first.
+/// Makes no length longer than `longest`, and the code complete again. Rare symbols come first, so that lengths descend.
 fn limit(lengths: &mut [u32], longest: u32) {
     let whole = 1u64 << longest;
     let room = |length: u32| 1u64 << (longest - length);
     lengths.iter_mut().for_each(|length| *length = (*length).min(longest));
     let mut used: u64 = lengths.iter().map(|&length| room(length)).sum();
-    while used > whole {
-        // The rarest of those that have the longest code that can grow.
-        let long = lengths.iter().copied().filter(|&length| length < longest).max();
-        let Some(length) = lengths.iter_mut().find(|length| Some(**length) == long) else { break };
-        used -= room(*length) / 2;
-        *length += 1;
+    for length in lengths.iter_mut() {
+        while used > whole && *length < longest {
+            used -= room(*length) / 2;
+            *length += 1;
+        }
     }
-    while used < whole {
-        let left = whole - used;
-        let Some(length) = lengths.iter_mut().rev().find(|length| **length > 1 && room(**length) <= left)
-        else {
-            break;
-        };
-        used += room(*length);
-        *length -= 1;
+    for length in lengths.iter_mut().rev() {
+        while *length > 1 && used + room(*length) <= whole {
+            used += room(*length);
+            *length -= 1;
+        }
     }
 }
 
@@ -219,7 +215,10 @@ fn pack_weights(weights: &[u8], buffer: &mut [u8]) -> Option<usize> {
     let mut states = [None, None];
     for (index, &weight) in weights.iter().enumerate().rev() {
         match &mut states[index % 2] {
-            Some(state) => encoder.encode(state, weight, &mut out),
+            Some(state) => {
+                let (value, bits) = encoder.encode(state, weight);
+                out.add(value, bits);
+            }
             state => *state = Some(encoder.begin(weight)),
         }
         out.flush();

@@ -1,8 +1,8 @@
 //! The two sections of a compressed block: literals and sequences (RFC 8878, section 3.1.1.3).
 
 use super::bits::BitWriter;
-use super::codes::{LITERAL_DEFAULT, MATCH_DEFAULT};
-use super::fse::{BIT, Distribution, Encoder};
+use super::codes::{LITERAL_DEFAULT, MATCH_DEFAULT, MIN_MATCH, literal_code, match_code};
+use super::fse::{BIT, Distribution, Encoder, State};
 use super::huffman::{Code, Counts, count};
 use super::parts::{Parts, Sequence};
 
@@ -43,7 +43,7 @@ impl Parts {
     }
 
     fn pack_literals(&self, tables: &Tables, new: &mut Tables, buffer: &mut [u8]) -> Option<usize> {
-        let literals = self.literals.get(..self.count)?;
+        let literals = self.literals.get(..self.count as usize)?;
         let counts = count(literals);
         if let Some(first) = literals.first()
             && literals.len() > 1
@@ -65,7 +65,7 @@ impl Parts {
     }
 
     fn pack_sequences(&self, tables: &Tables, new: &mut Tables, buffer: &mut [u8]) -> Option<usize> {
-        let number = u32::try_from(self.sequences.len()).ok()?;
+        let number = u32::try_from(self.sequences().len()).ok()?;
         let [low, high, ..] = number.to_le_bytes();
         let mut at = match number {
             0 => {
@@ -82,11 +82,14 @@ impl Parts {
             }
             _ => return None,
         };
-        let (mut literal_counts, mut run_counts) = ([0; 36], [0; 53]);
-        for sequence in &self.sequences {
-            literal_counts[usize::from(sequence.literals.code)] += 1;
-            run_counts[usize::from(sequence.run.code)] += 1;
+        let sequences: Vec<Coded> = self.sequences().iter().copied().map(Coded::of).collect();
+        // Two of each: one sequence after another in one table would wait for the increment of its like.
+        let (mut literal_counts, mut run_counts) = ([[0; 36]; 2], [[0; 53]; 2]);
+        for (index, sequence) in sequences.iter().enumerate() {
+            literal_counts[index % 2][usize::from(sequence.literals)] += 1;
+            run_counts[index % 2][usize::from(sequence.run)] += 1;
         }
+        let (literal_counts, run_counts) = (sum(literal_counts), sum(run_counts));
         let modes = at;
         at += 1;
         let (literal_mode, length) = choose(
@@ -110,16 +113,47 @@ impl Parts {
         let mut out = BitWriter::new(buffer.get_mut(at..)?);
         match (literals, runs) {
             (Lengths::Many(literals), Lengths::Many(runs)) => {
-                encode(&self.sequences, Some(&literals.1), Some(&runs.1), &mut out);
+                encode(&sequences, Some(&literals.1), Some(&runs.1), &mut out);
             }
             (Lengths::Many(literals), Lengths::One(_)) => {
-                encode(&self.sequences, Some(&literals.1), None, &mut out);
+                encode(&sequences, Some(&literals.1), None, &mut out);
             }
-            (Lengths::One(_), Lengths::Many(runs)) => encode(&self.sequences, None, Some(&runs.1), &mut out),
-            (Lengths::One(_), Lengths::One(_)) => encode(&self.sequences, None, None, &mut out),
+            (Lengths::One(_), Lengths::Many(runs)) => encode(&sequences, None, Some(&runs.1), &mut out),
+            (Lengths::One(_), Lengths::One(_)) => encode(&sequences, None, None, &mut out),
         }
         Some(at + out.end_marked()?)
     }
+}
+
+/// The two lengths of a sequence as codes.
+#[derive(Clone, Copy)]
+struct Coded {
+    literals: u8,
+    run: u8,
+    /// How many bits follow the codes.
+    bits: u8,
+    /// The lowest bits of both lengths, those of the literals lower.
+    extra: u32,
+}
+
+impl Coded {
+    #[inline]
+    fn of(sequence: Sequence) -> Self {
+        let run = sequence.run - MIN_MATCH;
+        let (literals, runs) = (literal_code(sequence.literals), match_code(run));
+        let lowest = |length: u32, bits: u8| length & ((1 << bits) - 1);
+        Self {
+            literals: literals.code,
+            run: runs.code,
+            bits: literals.extra + runs.extra,
+            extra: lowest(sequence.literals, literals.extra) | lowest(run, runs.extra) << literals.extra,
+        }
+    }
+}
+
+fn sum<const N: usize>([mut sum, other]: [[u32; N]; 2]) -> [u32; N] {
+    sum.iter_mut().zip(other).for_each(|(sum, count)| *sum += count);
+    sum
 }
 
 /// The head of literals that are stored (0) or are one byte many times (1).
@@ -230,28 +264,23 @@ fn choose(
 
 /// Writes the sequences, the last one first.
 #[inline]
-fn encode(
-    sequences: &[Sequence],
-    literals: Option<&Encoder>,
-    runs: Option<&Encoder>,
-    out: &mut BitWriter<'_>,
-) {
+fn encode(sequences: &[Coded], literals: Option<&Encoder>, runs: Option<&Encoder>, out: &mut BitWriter<'_>) {
     let Some((last, before)) = sequences.split_last() else { return };
-    let mut run_state = runs.map(|encoder| (encoder, encoder.begin(last.run.code)));
-    let mut literal_state = literals.map(|encoder| (encoder, encoder.begin(last.literals.code)));
-    let extra = |sequence: &Sequence, out: &mut BitWriter<'_>| {
-        out.add(sequence.extra.into(), u32::from(sequence.literals.extra + sequence.run.extra));
-        out.flush();
-    };
-    extra(last, out);
+    let mut run_state = runs.map(|encoder| (encoder, encoder.begin(last.run)));
+    let mut literal_state = literals.map(|encoder| (encoder, encoder.begin(last.literals)));
+    out.add(last.extra.into(), last.bits.into());
+    out.flush();
     for sequence in before.iter().rev() {
-        if let Some((encoder, state)) = &mut run_state {
-            encoder.encode(state, sequence.run.code, out);
-        }
-        if let Some((encoder, state)) = &mut literal_state {
-            encoder.encode(state, sequence.literals.code, out);
-        }
-        extra(sequence, out);
+        let moved = |state: &mut Option<(&Encoder, State)>, code: u8| {
+            state.as_mut().map_or((0, 0), |(encoder, state)| encoder.encode(state, code))
+        };
+        let (run, run_bits) = moved(&mut run_state, sequence.run);
+        let (literals, literal_bits) = moved(&mut literal_state, sequence.literals);
+        // Joined before they enter the stream, which every sequence waits for.
+        let states = run_bits + literal_bits;
+        let value = run | literals << run_bits | u64::from(sequence.extra) << states;
+        out.add(value, states + u32::from(sequence.bits));
+        out.flush();
     }
     if let Some((encoder, state)) = run_state {
         encoder.end(state, out);

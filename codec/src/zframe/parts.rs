@@ -2,11 +2,10 @@
 
 use std::ops::Range;
 
-use super::codes::{Length, MIN_MATCH, lengths, literal_code, match_code};
 use crate::octave::{MOST_LISTED, list_changes};
 
 /// Shorter runs are literals: their sequence would take more bits than they do.
-const MIN_RUN: usize = 6;
+const MIN_RUN: u32 = 6;
 /// Literals are written 8 at a time.
 const SLACK: usize = 8;
 /// So many changes among 64 bytes leave no runs worth looking for.
@@ -43,31 +42,20 @@ pub(crate) struct Xor<'a>(pub(crate) &'a [u8], pub(crate) &'a [u8]);
 pub(crate) struct Parts {
     /// The first `count` are the block's.
     pub(crate) literals: Vec<u8>,
-    pub(crate) count: usize,
-    pub(crate) sequences: Vec<Sequence>,
+    pub(crate) count: u32,
+    /// The first `runs` are the block's.
+    sequences: Vec<Sequence>,
+    runs: usize,
     /// Where a byte differs from that before it: the place above its value in the lowest 8 bits. There is room for all
     /// that a stretch can list.
     changes: Vec<u32>,
 }
 
 /// Some literals, and a run of the last of them.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(crate) struct Sequence {
-    pub(crate) literals: Length,
-    pub(crate) run: Length,
-    /// The lowest bits of both lengths, those of the literals lower.
-    pub(crate) extra: u32,
-}
-
-impl Sequence {
-    /// The number of literals, and the length of the run.
-    pub(crate) fn lengths(self) -> (usize, usize) {
-        static LITERALS: [(u32, u32); 36] = lengths(0);
-        static RUNS: [(u32, u32); 53] = lengths(MIN_MATCH);
-        let (literals, bits) = LITERALS[usize::from(self.literals.code)];
-        let run = RUNS[usize::from(self.run.code)].0 + (self.extra >> bits);
-        ((literals + (self.extra & ((1 << bits) - 1))) as usize, run as usize)
-    }
+    pub(crate) literals: u32,
+    pub(crate) run: u32,
 }
 
 impl Parts {
@@ -76,15 +64,20 @@ impl Parts {
         Self {
             literals: vec![0; block + SLACK],
             count: 0,
-            sequences: Vec::new(),
+            // A run has one literal before it at least; one place is written to and not counted.
+            sequences: vec![Sequence::default(); block / (MIN_RUN as usize + 1) + 1],
+            runs: 0,
             changes: vec![0; STRETCH * DENSE as usize + 64],
         }
     }
 
+    pub(crate) fn sequences(&self) -> &[Sequence] {
+        self.sequences.get(..self.runs).unwrap_or_default()
+    }
+
     /// Takes a block apart. Its first byte is a literal whatever it is, and every run has literals before it.
     pub(crate) fn take(&mut self, content: &impl Content) {
-        self.sequences.clear();
-        self.count = 0;
+        (self.runs, self.count) = (0, 0);
         let chunks = content.len() / 64;
         let first =
             if chunks > 0 { Some(content.chunk(0)[0].to_le_bytes()[0]) } else { content.rest().next() };
@@ -97,8 +90,10 @@ impl Parts {
             let end = chunks.min(start + STRETCH);
             let mut done = start;
             while done < end {
-                let (quiet, found) = content.list_changes(done..end, last, &mut cut.parts.changes);
-                cut.changes(found);
+                let mut list = std::mem::take(&mut cut.parts.changes);
+                let (quiet, found) = content.list_changes(done..end, last, &mut list);
+                cut.changes(list.get(..found).unwrap_or_default());
+                cut.parts.changes = list;
                 done += quiet;
                 if quiet > 0 {
                     last = content.chunk(done - 1)[7].to_le_bytes()[7];
@@ -108,7 +103,7 @@ impl Parts {
                     if changes(&words, last).count_ones() < DENSE {
                         break;
                     }
-                    cut.literals(done * 64, words.map(u64::to_le_bytes).as_flattened());
+                    cut.literals(place_of(done * 64), words);
                     last = words[7].to_le_bytes()[7];
                     done += 1;
                 }
@@ -116,10 +111,10 @@ impl Parts {
         }
         for (at, byte) in (chunks * 64..).zip(content.rest()) {
             if byte != cut.last {
-                cut.change(at, byte);
+                cut.changes(&[change(place_of(at), byte)]);
             }
         }
-        cut.end(content.len());
+        cut.end(place_of(content.len()));
     }
 }
 
@@ -170,92 +165,93 @@ fn list_some(mut changes: u64, at: usize, bytes: &[u8], list: &mut [u32]) -> usi
     for places in list.as_chunks_mut::<4>().0.iter_mut().take(number.div_ceil(4)) {
         for place in places {
             let index = changes.trailing_zeros() as usize % 64;
-            *place = u32::try_from((at + index) << 8).unwrap_or(u32::MAX) | u32::from(bytes[index]);
+            *place = change(place_of(at + index), bytes[index]);
             changes &= changes.wrapping_sub(1);
         }
     }
     number
 }
 
+/// Where something stands in a block, which is short.
+fn place_of(at: usize) -> u32 {
+    u32::try_from(at).unwrap_or(u32::MAX)
+}
+
+/// A byte and where it stands in a block.
+fn change(at: u32, byte: u8) -> u32 {
+    at << 8 | u32::from(byte)
+}
+
 /// A block while it is taken apart.
 struct Cut<'a> {
     parts: &'a mut Parts,
     /// How many bytes are parts.
-    covered: usize,
+    covered: u32,
     /// How many literals belong to sequences.
-    sequenced: usize,
+    sequenced: u32,
     /// The byte before.
     last: u8,
 }
 
 impl Cut<'_> {
-    /// The first `found` changes.
-    fn changes(&mut self, found: usize) {
-        let changes = std::mem::take(&mut self.parts.changes);
-        for change in changes.iter().take(found) {
-            let (at, byte) = ((change >> 8) as usize, change.to_le_bytes()[0]);
-            self.change(at, byte);
+    /// Bytes that differ from those before them; the others since `covered` did not. Without branches: whether a run
+    /// stands before a byte cannot be guessed.
+    fn changes(&mut self, changes: &[u32]) {
+        let (mut count, mut runs) = (self.parts.count, self.parts.runs);
+        let Parts { literals, sequences, .. } = &mut *self.parts;
+        let (mut covered, mut sequenced, mut last) = (self.covered, self.sequenced, self.last);
+        for change in changes {
+            let (at, byte) = (change >> 8, change.to_le_bytes()[0]);
+            let equal = at - covered;
+            let run = equal >= MIN_RUN;
+            if let Some(place) = sequences.get_mut(runs) {
+                *place = Sequence { literals: count - sequenced, run: equal };
+            }
+            runs += usize::from(run);
+            sequenced = if run { count } else { sequenced };
+            // Fewer equal bytes than a run has, then the new one.
+            let equal = if run { 0 } else { equal };
+            if let Some(place) = literals.get_mut(count as usize..).and_then(<[_]>::first_chunk_mut::<SLACK>)
+            {
+                *place = (u64::from(last) * ONES).to_le_bytes();
+                place[equal as usize % SLACK] = byte;
+            }
+            count += equal + 1;
+            covered = at + 1;
+            last = byte;
         }
-        self.parts.changes = changes;
+        (self.covered, self.sequenced, self.last) = (covered, sequenced, last);
+        (self.parts.count, self.parts.runs) = (count, runs);
     }
 
-    /// The byte at `at` differs from that before it; those between `covered` and `at` did not.
-    #[inline]
-    fn change(&mut self, at: usize, byte: u8) {
-        // The very first byte of a block is a literal already.
-        if at < self.covered {
-            return;
-        }
-        if at - self.covered >= MIN_RUN {
-            self.sequence(at);
-        }
-        // Fewer equal bytes than a run has, then the new one.
-        let (count, equal) = (self.parts.count, at - self.covered);
-        if let Some(place) = self.parts.literals.get_mut(count..count + SLACK) {
-            place.copy_from_slice(&(u64::from(self.last) * ONES).to_le_bytes());
-            place[equal % SLACK] = byte;
-        }
-        self.parts.count += equal + 1;
-        self.covered = at + 1;
-        self.last = byte;
-    }
-
-    /// The bytes at `at` become literals, whatever is equal among them.
-    fn literals(&mut self, at: usize, bytes: &[u8]) {
+    /// The 64 bytes at `at` become literals, whatever is equal among them.
+    fn literals(&mut self, at: u32, words: Chunk) {
         self.end(at);
-        let fresh = bytes.get(self.covered - at..).unwrap_or_default();
-        let count = self.parts.count;
+        let bytes = words.map(u64::to_le_bytes);
+        let bytes = bytes.as_flattened();
+        let fresh = bytes.get((self.covered - at) as usize..).unwrap_or_default();
+        let count = self.parts.count as usize;
         if let Some(place) = self.parts.literals.get_mut(count..count + fresh.len()) {
             place.copy_from_slice(fresh);
         }
-        self.parts.count += fresh.len();
-        self.covered = at + bytes.len();
-        self.last = bytes.last().copied().unwrap_or(self.last);
+        self.parts.count += at + 64 - self.covered;
+        self.covered = at + 64;
+        self.last = bytes[63];
     }
 
     /// The bytes from `covered` to `end` equal that before them, and what follows has nothing to do with them.
-    fn end(&mut self, end: usize) {
-        if end >= self.covered + MIN_RUN {
-            self.sequence(end);
-        } else if end > self.covered {
-            self.change(end - 1, self.last);
+    fn end(&mut self, end: u32) {
+        let equal = end.saturating_sub(self.covered);
+        if equal >= MIN_RUN {
+            if let Some(place) = self.parts.sequences.get_mut(self.parts.runs) {
+                *place = Sequence { literals: self.parts.count - self.sequenced, run: equal };
+            }
+            self.parts.runs += 1;
+            self.sequenced = self.parts.count;
+            self.covered = end;
+        } else if equal > 0 {
+            self.changes(&[change(end - 1, self.last)]);
         }
-    }
-
-    #[inline]
-    fn sequence(&mut self, end: usize) {
-        // Lengths within a block fit.
-        let literals = u32::try_from(self.parts.count - self.sequenced).unwrap_or(u32::MAX);
-        let run = u32::try_from(end - self.covered).unwrap_or(u32::MAX) - MIN_MATCH;
-        let codes = (literal_code(literals), match_code(run));
-        let extra = |length: u32, code: Length| length & ((1 << code.extra) - 1);
-        self.parts.sequences.push(Sequence {
-            literals: codes.0,
-            run: codes.1,
-            extra: extra(literals, codes.0) | extra(run, codes.1) << codes.0.extra,
-        });
-        self.sequenced = self.parts.count;
-        self.covered = end;
     }
 }
 
