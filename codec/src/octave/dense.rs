@@ -295,9 +295,22 @@ fn steps_at_once<E: Elem>(
         return None;
     }
     let mut words = [0u64; 64];
-    for at in 0..64 {
-        words[at] = low_bits.peek();
-        low_bits.skip(u32::from(lengths[at]));
+    if u32::from(longest) <= MOST_TAKEN / 4 {
+        for (words, lengths) in words.as_chunks_mut::<4>().0.iter_mut().zip(lengths.as_chunks::<4>().0) {
+            let mut word = low_bits.peek();
+            let mut taken = 0;
+            for at in 0..4 {
+                words[at] = word;
+                word >>= lengths[at] & 63;
+                taken += u32::from(lengths[at]);
+            }
+            low_bits.skip(taken);
+        }
+    } else {
+        for at in 0..64 {
+            words[at] = low_bits.peek();
+            low_bits.skip(u32::from(lengths[at]));
+        }
     }
     let mut steps = [E::default(); 64];
     for at in 0..64 {
