@@ -26,7 +26,7 @@ mod sparse;
 mod tiles;
 mod tokens;
 
-pub(crate) use simd::{MOST_LISTED, list_changes};
+pub(crate) use simd::{MOST_LISTED, list_changes, prefetch};
 
 use std::num::NonZeroUsize;
 

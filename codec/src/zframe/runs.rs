@@ -7,6 +7,7 @@ use super::codes::{LITERAL_DEFAULT, MATCH_DEFAULT, MIN_MATCH, lengths};
 use super::fse::Distribution;
 use super::read_bits::BackwardBits;
 use super::unpack::{Literals, States};
+use crate::octave::prefetch;
 use crate::xor::xor_into;
 
 /// The longest block that the format allows.
@@ -17,6 +18,10 @@ const SLACK: usize = 16;
 const MANY: usize = 2048;
 /// Above so many bytes such a block is XORed; twice as many still fit the nearest cache.
 const WINDOW: usize = 8 << 10;
+/// How far ahead of a sequence the target is fetched, and how much of it at a time: little enough that the processor
+/// need not wait before it can ask for more.
+const AHEAD: usize = 4 << 10;
+const LINES: usize = 512;
 
 /// XORs the content of `frame`, a whole frame that says that it holds as many bytes as `target`, into `target`. An
 /// error says how many bytes are ready, because the rest was not understood. At most 0.2 MiB are held.
@@ -26,7 +31,6 @@ pub(super) fn xor(frame: &[u8], target: &mut [u8], written: &mut dyn FnMut(&[u8]
         target,
         written,
         done: 0,
-        touched: 0,
         literals: Vec::new(),
         huffman: None,
         literal_states: None,
@@ -45,8 +49,6 @@ struct Reader<'a> {
     written: &'a mut dyn FnMut(&[u8]),
     /// How many bytes of the target are ready.
     done: usize,
-    /// How many bytes of the target have been read, so that their lines are in the cache.
-    touched: usize,
     literals: Vec<u8>,
     huffman: Option<Box<Literals>>,
     literal_states: Option<Box<States>>,
@@ -215,29 +217,33 @@ impl Reader<'_> {
     ) -> Option<usize> {
         let bits = BackwardBits::new(stream)?;
         let states = (literal_states, run_states);
-        let (target, done) = (&mut *self.target, self.done);
-        self.touched = touch(target, self.touched, done + BLOCK);
+        let (target, done, ahead) = (&mut *self.target, self.done, Ahead(self.done));
         let used;
         (used, self.done) = if number < MANY {
-            let mut place = Sparse { target, done };
+            let mut place = Sparse { target, done, ahead };
             (carry_out(number, bits, literals, states, &mut place), place.done)
         } else {
             self.mask.resize(2 * WINDOW, 0);
-            let mut place = Dense { target, done, mask: &mut self.mask, at: 0 };
+            let mut place = Dense { target, done, ahead, mask: &mut self.mask, at: 0 };
             (carry_out(number, bits, literals, states, &mut place), place.done)
         };
         used
     }
 }
 
-/// Reads a word of each line of the cache between `touched` and `end`: one after another they come faster than here and
-/// there. Returns where it stopped.
-fn touch(target: &[u8], touched: usize, end: usize) -> usize {
-    let end = end.min(target.len());
-    let lines = target.get(touched..end).unwrap_or_default().as_chunks::<64>().0.iter();
-    let word = |line: &[u8; 64]| line.first_chunk().copied().map_or(0, u64::from_ne_bytes);
-    std::hint::black_box(lines.fold(0, |all, line| all | word(line)));
-    end.max(touched)
+/// Has the target come into the cache bit by bit, before the sequences that change it.
+struct Ahead(usize);
+
+impl Ahead {
+    #[inline]
+    fn follow(&mut self, target: &[u8], done: usize) {
+        while self.0 < done + AHEAD {
+            if let Some(lines) = target.get(self.0..self.0 + LINES) {
+                prefetch(lines);
+            }
+            self.0 += LINES;
+        }
+    }
 }
 
 /// XORs one byte into all.
@@ -295,11 +301,13 @@ trait Place {
 struct Sparse<'a> {
     target: &'a mut [u8],
     done: usize,
+    ahead: Ahead,
 }
 
 impl Place for Sparse<'_> {
     #[inline]
     fn put(&mut self, literals: &[u8], length: usize, run: usize) -> Option<()> {
+        self.ahead.follow(self.target, self.done);
         let place = self.target.get_mut(self.done..)?;
         let last = match (place.first_chunk_mut::<8>(), literals.first_chunk::<8>()) {
             (Some(place), Some(eight)) if length <= 8 => {
@@ -332,6 +340,7 @@ impl Place for Sparse<'_> {
 struct Dense<'a> {
     target: &'a mut [u8],
     done: usize,
+    ahead: Ahead,
     /// `at` bytes that come next, and zeros.
     mask: &'a mut [u8],
     at: usize,
@@ -353,6 +362,7 @@ impl Dense<'_> {
 impl Place for Dense<'_> {
     #[inline]
     fn put(&mut self, literals: &[u8], length: usize, run: usize) -> Option<()> {
+        self.ahead.follow(self.target, self.done + self.at);
         if length <= SLACK {
             *self.mask.get_mut(self.at..)?.first_chunk_mut::<SLACK>()? = *literals.first_chunk()?;
             self.at += length;

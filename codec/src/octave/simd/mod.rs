@@ -141,7 +141,7 @@ impl Instructions {
 
 /// Has `bytes` come into the cache while other work is done.
 #[inline(always)]
-pub(super) fn prefetch(bytes: &[u8]) {
+pub(crate) fn prefetch(bytes: &[u8]) {
     #[cfg(target_arch = "x86_64")]
     x86::prefetch(bytes);
     #[cfg(not(target_arch = "x86_64"))]
