@@ -16,6 +16,8 @@ const COUNT_ORDER: u32 = 6;
 const FIRST_ORDER: u32 = 3;
 /// From octave to octave the chance halves and the gaps double: two orders.
 const OCTAVE: i64 = 2;
+/// How many bytes of the next tile are fetched with each change.
+const AHEAD: usize = 128;
 
 /// The changes of a block, class by class.
 #[derive(Debug, Default)]
@@ -280,14 +282,13 @@ impl Search<'_> {
         while !rest.is_empty() {
             let (target, behind) = rest.split_at_mut(rest.len().min(TILE));
             rest = behind;
-            self.tile.fill::<E, I>(isa, target, self.classes, &table);
+            // The next tile comes from memory meanwhile: half of it with the words of this one, half with its changes. All
+            // at once the processor would have to wait before it can ask for more.
+            let (half, other) = rest[..rest.len().min(TILE)].split_at(rest.len().min(TILE / 2));
+            self.tile.fill::<E, I>(isa, target, half, self.classes, &table);
+            let mut ahead = other.chunks(AHEAD / size_of::<E::Raw>());
             let mut count = 0;
-            // A part of the next tile comes from memory with each class.
-            let mut ahead = rest[..rest.len().min(TILE)].chunks(TILE / 8);
             for class in 0..classes {
-                if let Some(ahead) = ahead.next() {
-                    prefetch(E::bytes(ahead));
-                }
                 let (first, members) = (seen[class], self.tile.count(class));
                 seen[class] += members;
                 let rest = at[class]..self.ends[class];
@@ -297,6 +298,9 @@ impl Search<'_> {
                     if rank >= members {
                         break;
                     }
+                    if let Some(ahead) = ahead.next() {
+                        prefetch(E::bytes(ahead));
+                    }
                     let Some(place) = places.get_mut(count) else { return Err(behind_the_last()) };
                     *place = (self.tile.position(isa, class, rank) as u16, index);
                     count += 1;
@@ -304,6 +308,7 @@ impl Search<'_> {
                 at[class] += count - before;
             }
             found(target, &places[..count])?;
+            ahead.for_each(|ahead| prefetch(E::bytes(ahead)));
         }
         if at[..classes] == self.ends[..classes] { Ok(()) } else { Err(behind_the_last()) }
     }

@@ -4,7 +4,7 @@ use towline_core::DIGEST_BLOCK;
 
 use super::classes::{Census, Classes, MAX};
 use super::elem::Elem;
-use super::simd::{ClassCounts, Counts, Instructions, Isa, Kernel, TILE, WORDS};
+use super::simd::{ClassCounts, Counts, Instructions, Isa, Kernel, TILE, WORDS, prefetch};
 use crate::xxh3::{self, Lanes};
 
 /// The class of each element of a tile, as masks with running counts: for those who look for an element of a rank.
@@ -25,16 +25,23 @@ impl Default for TileMasks {
 
 impl TileMasks {
     /// Takes at most [`TILE`] elements. With fewer, what is behind the end has classes and ranks too, after those of the
-    /// elements: only a block's last tile may be shorter.
+    /// elements: only a block's last tile may be shorter. Has `ahead`, at most half a tile, come into the cache meanwhile.
     #[inline(always)]
     pub(super) fn fill<E: Elem, I: Isa>(
         &mut self,
         isa: I,
         old: &[E::Raw],
+        ahead: &[E::Raw],
         classes: &Classes,
         table: &[u8; 256],
     ) {
-        self.keys.iter_mut().zip(old).for_each(|(key, &raw)| *key = E::load(raw).key());
+        let mut ahead = ahead.chunks(TILE / 2 / WORDS);
+        for (keys, old) in self.keys.chunks_mut(64).zip(old.chunks(64)) {
+            if let Some(ahead) = ahead.next() {
+                prefetch(E::bytes(ahead));
+            }
+            keys.iter_mut().zip(old).for_each(|(key, &raw)| *key = E::load(raw).key());
+        }
         isa.class_masks(&self.keys, classes, table, &mut self.masks);
         let classes = self.masks.iter().zip(&mut self.before).zip(&mut self.counts).take(classes.count());
         // No closure: it would not be compiled for the instructions of `isa`.
