@@ -5,9 +5,9 @@ pub(super) const MIN_MATCH: u32 = 3;
 
 /// A code, and how many bits of the length follow it.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Length {
-    pub(crate) code: u8,
-    pub(crate) extra: u8,
+pub(super) struct Length {
+    pub(super) code: u8,
+    pub(super) extra: u8,
 }
 
 /// The code of a literal length.
