@@ -272,6 +272,33 @@ mod tests {
     }
 
     #[test]
+    fn every_byte_of_a_frame_of_equal_runs_is_as_strict_as_the_library() {
+        // Literals and runs all have one length: their codes stand in the frame as they are.
+        let content: Vec<u8> =
+            (0..4096u32).map(|at| if at % 16 == 0 { 1 + (at / 16 % 5) as u8 } else { 0 }).collect();
+        let frame = written(&content);
+        let (mut understood, mut refused) = (0, 0);
+        for at in 0..frame.len() {
+            for value in 0..=255 {
+                let mut damaged = frame.clone();
+                damaged[at] = value;
+                let Ok(opened) = Frame::open(&damaged).and_then(|frame| frame.holds(content.len())) else {
+                    continue;
+                };
+                let mut target = vec![0; content.len()];
+                if runs::xor(&damaged, &mut target, &mut |_| {}).is_ok() {
+                    let read = opened.read_to_vec();
+                    assert!(read.is_ok_and(|read| read == target), "byte {at} is {value}");
+                    understood += 1;
+                } else {
+                    refused += 1;
+                }
+            }
+        }
+        assert!(understood > 1000 && refused > 1000, "{understood} {refused}");
+    }
+
+    #[test]
     fn a_writer_that_was_given_too_little_or_too_much_fails() {
         for given in [99, 101, 400_000] {
             let mut frame = Vec::new();

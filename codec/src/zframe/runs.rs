@@ -410,7 +410,7 @@ fn table<'b>(
         }
         1 => {
             let (&symbol, rest) = rest.split_first()?;
-            *states = Some(Box::new(States::one(symbol, meanings)));
+            *states = Some(Box::new(States::one(symbol, meanings)?));
             Some(rest)
         }
         2 => {

@@ -28,7 +28,7 @@ pub(super) struct Step {
 }
 
 impl States {
-    /// The states of symbols that stand for the values `meanings` and the bits that follow each of them.
+    /// The states of symbols of which each stands for a value and some more bits, and that all have a meaning.
     pub(super) fn of(distribution: &Distribution, meanings: &[(u32, u32)]) -> Self {
         let (spread, log) = (distribution.spread(), distribution.log());
         let size = 1u32 << log;
@@ -38,7 +38,7 @@ impl States {
             let Some(next) = next.get_mut(usize::from(symbol)) else { continue };
             let bits = log - next.ilog2();
             let base = (*next << bits) - size;
-            *state = Step::of(symbol, meanings);
+            *state = Step::of(meanings.get(usize::from(symbol)).copied().unwrap_or_default());
             state.bits = bits.to_le_bytes()[0];
             state.next = u16::try_from(base).unwrap_or_default();
             *next += 1;
@@ -47,10 +47,10 @@ impl States {
     }
 
     /// One symbol for ever.
-    pub(super) fn one(symbol: u8, meanings: &[(u32, u32)]) -> Self {
+    pub(super) fn one(symbol: u8, meanings: &[(u32, u32)]) -> Option<Self> {
         let mut states = [Step::default(); 1 << 9];
-        states[0] = Step::of(symbol, meanings);
-        Self { states, log: 0 }
+        states[0] = Step::of(*meanings.get(usize::from(symbol))?);
+        Some(Self { states, log: 0 })
     }
 
     pub(super) fn begin(&self, bits: &mut BackwardBits<'_>) -> usize {
@@ -64,8 +64,7 @@ impl States {
 }
 
 impl Step {
-    fn of(symbol: u8, meanings: &[(u32, u32)]) -> Self {
-        let (value, extra) = meanings.get(usize::from(symbol)).copied().unwrap_or_default();
+    fn of((value, extra): (u32, u32)) -> Self {
         Self { value, extra: extra.to_le_bytes()[0], ..Self::default() }
     }
 
@@ -212,7 +211,7 @@ struct Stream {
 }
 
 impl Stream {
-    /// A stream that ends at `end`. It is an error if it has less than eight bytes before it, because it has headers.
+    /// A stream that ends at `end`. The headers before the first one are longer than a word.
     fn new(bytes: &[u8], end: usize) -> Option<Self> {
         let mut stream = Self { word: 0, at: end.checked_sub(8)? };
         stream.load(bytes)?;
