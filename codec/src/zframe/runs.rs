@@ -7,11 +7,10 @@ use super::codes::{LITERAL_DEFAULT, MATCH_DEFAULT, MIN_MATCH, lengths};
 use super::fse::Distribution;
 use super::read_bits::BackwardBits;
 use super::unpack::{Literals, States};
+use super::write::BLOCK;
 use crate::octave::prefetch;
 use crate::xor::xor_into;
 
-/// The longest block that the format allows.
-const BLOCK: usize = 128 << 10;
 /// Literals are read so many at a time.
 const SLACK: usize = 16;
 /// From so many sequences on their lengths are too different to be guessed.
