@@ -98,8 +98,9 @@ pub trait Codec: Debug + Send + Sync + 'static {
     fn decode(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8]) -> Result<()>;
 
     /// As [`Codec::decode`], and hands each stretch of the result to `written`, in order, when it is final and still in
-    /// the processor's cache. The pipeline then digests it without fetching it again. What is not handed on by the end
-    /// counts as written then. Default: hands on nothing.
+    /// the processor's cache. The pipeline then digests it without fetching it again, unless the codec took the digest
+    /// itself: the stretch is a block then, as for [`Codec::encode_reading`]. What is not handed on by the end counts as
+    /// written then. Default: hands on nothing.
     ///
     /// # Errors
     /// As [`Codec::decode`].
@@ -109,7 +110,7 @@ pub trait Codec: Debug + Send + Sync + 'static {
         mode: Mode,
         encoded: &[u8],
         target: &mut [u8],
-        _written: &mut dyn FnMut(&[u8]),
+        _written: &mut dyn FnMut(&[u8], Option<u128>),
     ) -> Result<()> {
         self.decode(unit, mode, encoded, target)
     }
@@ -162,7 +163,7 @@ macro_rules! forward {
             fn decode(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8]) -> Result<()> {
                 (**self).decode(unit, mode, encoded, target)
             }
-            fn decode_writing(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8], written: &mut dyn FnMut(&[u8])) -> Result<()> {
+            fn decode_writing(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8], written: &mut dyn FnMut(&[u8], Option<u128>)) -> Result<()> {
                 (**self).decode_writing(unit, mode, encoded, target, written)
             }
             fn checksum(&self, before: Option<u32>, more: &[u8]) -> Option<u32> { (**self).checksum(before, more) }

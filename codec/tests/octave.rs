@@ -81,19 +81,23 @@ fn all_instructions_write_the_same_and_read_what_the_others_wrote() {
     assert!(seen.iter().any(|(_, form, ..)| *form == 0) && seen.iter().any(|(_, form, ..)| *form == 1));
 }
 
-/// What the codec digests while it compares: blocks that end with a tile, shortly behind one, within one, and short ones.
+/// What the codec digests while it compares or writes: blocks that end with a tile, shortly behind one, within one, and
+/// short ones.
 #[test]
 fn digests_of_the_pass_are_those_of_the_blocks() {
     const TILE: usize = 4096;
+    let mut forms = BTreeSet::new();
     for (dtype, size) in [(DType::F8E4M3, 1), (DType::BF16, 2), (DType::F32, 4), (DType::I64, 8)] {
         let lengths = [8, 240, 248, TILE * size, TILE * size + 56, TILE * size + 64, 3 * TILE * size - 8];
         let large =
             [DIGEST_BLOCK - 8, DIGEST_BLOCK, DIGEST_BLOCK + 8, DIGEST_BLOCK + 48 * 1024, 2 * DIGEST_BLOCK];
-        for length in lengths.into_iter().chain(large) {
+        for (length, every) in
+            lengths.into_iter().chain(large).flat_map(|length| [(length, 53), (length, 997)])
+        {
             let old: Vec<u8> =
                 (0..length as u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 23) as u8).collect();
             let mut new = old.clone();
-            new.iter_mut().step_by(997).for_each(|byte| *byte ^= 1);
+            new.iter_mut().step_by(every * size).for_each(|byte| *byte ^= 1);
             let meta = TensorMeta::new("w", dtype, [length / size]).unwrap();
             let unit = UnitMeta::new(&meta, 0..length);
             for level in Instructions::ALL {
@@ -104,20 +108,34 @@ fn digests_of_the_pass_are_those_of_the_blocks() {
                     ends.push(end);
                 };
                 codec.encode_reading(&unit, Some(&old), &new, &mut out, &mut read).unwrap();
-                assert_eq!(ends.last(), Some(&length), "{dtype:?}, {length} bytes, {level:?}");
-                if level.available() == Instructions::Avx512 && length > 240 {
-                    // The last block may be too short to be digested in steps.
-                    let wanted: Vec<u128> = new
-                        .chunks(DIGEST_BLOCK)
-                        .filter(|block| block.len() > 240)
-                        .map(block_digest)
-                        .collect();
-                    assert_eq!(digests, wanted, "{dtype:?}, {length} bytes");
-                } else {
-                    assert_eq!(digests, [], "{dtype:?}, {length} bytes, {level:?}");
+                let (mut target, mut written, mut of_written) = (old.clone(), Vec::new(), Vec::new());
+                let mut write = |bytes: &[u8], digest| {
+                    written.extend_from_slice(bytes);
+                    of_written.extend(digest);
+                };
+                codec.decode_writing(&unit, Mode::Delta, &out, &mut target, &mut write).unwrap();
+                let at = format!("{dtype:?}, {length} bytes, one of {every}, {level:?}");
+                assert_eq!(ends.last(), Some(&length), "{at}");
+                assert_eq!(target, new, "{at}");
+                // The last block may be too short to be digested in steps.
+                let wanted: Vec<u128> = match level.available() {
+                    Instructions::Avx512 => {
+                        new.chunks(DIGEST_BLOCK).filter(|block| block.len() > 240).map(block_digest).collect()
+                    }
+                    _ => Vec::new(),
+                };
+                assert_eq!(digests, wanted, "{at}");
+                // Stored bytes are not handed on.
+                if out[0] != 1 {
+                    assert_eq!(written, new, "{at}");
+                    assert_eq!(of_written, wanted, "{at}");
                 }
+                forms.insert((out[0], size));
             }
         }
+    }
+    for size in [1, 2, 4, 8] {
+        assert!(forms.contains(&(2, size)) && forms.contains(&(4, size)), "{forms:?}");
     }
 }
 

@@ -85,21 +85,22 @@ pub fn decode_all(
             let unit = UnitMeta::new(meta, span.start + range.start..span.start + range.end);
             let context =
                 |error: Error| error.context(format_args!("tensor `{}`, byte {}", unit.name, unit.offset));
-            let target = part.get_mut(range).unwrap_or_default();
-            let mut check = |bytes: &[u8]| {
+            let length = part.len();
+            let target = part.get_mut(range.clone()).unwrap_or_default();
+            let mut check = |end: usize, bytes: &[u8], digest: Option<u128>| {
                 if encoded.checksum.is_some() {
                     checksum = codec.checksum(checksum, bytes);
                 } else {
-                    hasher.update(bytes);
+                    hasher.update_known(bytes, digest, end == length);
                 }
             };
             let mut checked = 0;
-            let mut written = |bytes: &[u8]| {
+            let mut written = |bytes: &[u8], digest: Option<u128>| {
                 checked += bytes.len();
-                check(bytes);
+                check(range.start + checked, bytes, digest);
             };
             codec.decode_writing(&unit, mode, frame, target, &mut written).map_err(context)?;
-            check(target.get(checked..).unwrap_or_default());
+            check(range.end, target.get(checked..).unwrap_or_default(), None);
             // A span of one unit is checked by the digests of its blocks, below.
             if frames.len() > 1
                 && let Some(&check) = encoded.checks.get(*first + number)

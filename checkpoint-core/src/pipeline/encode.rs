@@ -7,7 +7,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use bytes::Bytes;
 
 use super::{Limits, spans};
-use crate::digest::{BlockHasher, DIGEST_BLOCK, block_digest};
+use crate::digest::BlockHasher;
 use crate::id::shown;
 use crate::tensor::same_tensors;
 use crate::{Codec, Error, Result, TensorDigest, TensorMeta, TensorSource, Unit, UnitMeta};
@@ -333,16 +333,7 @@ impl Span<'_> {
                 hashed = more.end;
                 let (current, parent) =
                     (&pair.current[more.clone()], pair.parent.as_ref().map(|parent| &parent[more.clone()]));
-                // Blocks of the span are blocks of the tensor.
-                let block = more.start.is_multiple_of(DIGEST_BLOCK)
-                    && (more.len() == DIGEST_BLOCK || more.end == self.range.len());
-                match digest.filter(|_| block && more.len() <= DIGEST_BLOCK) {
-                    Some(digest) => {
-                        debug_assert_eq!(digest, block_digest(current), "a digest that {} took", codec.id());
-                        hasher.push(digest);
-                    }
-                    None => hasher.update(current),
-                }
+                hasher.update_known(current, digest, more.end == self.range.len());
                 if let (Some(parent), false) = (parent, known) {
                     parent_hasher.update(parent);
                 }

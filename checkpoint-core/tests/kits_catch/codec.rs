@@ -30,6 +30,7 @@ enum Fault {
     OtherDigest,
     OtherWhenReading,
     OtherWhenWriting,
+    OtherDigestWhenWriting,
     HandsOnOther,
     ForgetsPieces,
 }
@@ -131,16 +132,16 @@ impl Codec for Broken {
         mode: Mode,
         encoded: &[u8],
         target: &mut [u8],
-        written: &mut dyn FnMut(&[u8]),
+        written: &mut dyn FnMut(&[u8], Option<u128>),
     ) -> Result<()> {
         if self.is(Fault::HandsOnOther) {
-            written(target);
+            written(target, None);
         }
         self.decode(unit, mode, encoded, target)?;
         if self.is(Fault::OtherWhenWriting) {
             target.iter_mut().for_each(|byte| *byte ^= 1);
         }
-        written(target);
+        written(target, self.is(Fault::OtherDigestWhenWriting).then_some(7));
         Ok(())
     }
 
@@ -196,7 +197,9 @@ fn faults(law: &str) -> &'static [Fault] {
         "stable_id" => &[Fault::NewIds],
         "units_tile" => &[Fault::SplitElements, Fault::WholeTensorsOnly],
         "modes_are_honest" => &[Fault::HiddenMode, Fault::EmptyPromise],
-        "round_trip" => &[Fault::LosesABit, Fault::OtherWhenWriting, Fault::HandsOnOther],
+        "round_trip" => {
+            &[Fault::LosesABit, Fault::OtherWhenWriting, Fault::OtherDigestWhenWriting, Fault::HandsOnOther]
+        }
         "append_only" => &[Fault::ClearsTheOutput],
         "deterministic" => &[Fault::Counts, Fault::ReadsTooFar, Fault::OtherDigest, Fault::OtherWhenReading],
         "dirty_target" => &[Fault::TrustsTheTarget],

@@ -50,7 +50,7 @@ impl Codec for ArcV2 {
     }
 
     fn decode(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8]) -> Result<()> {
-        self.decode_writing(unit, mode, encoded, target, &mut |_| {})
+        self.decode_writing(unit, mode, encoded, target, &mut |_, _| {})
     }
 
     fn decode_writing(
@@ -59,10 +59,10 @@ impl Codec for ArcV2 {
         mode: Mode,
         encoded: &[u8],
         target: &mut [u8],
-        written: &mut dyn FnMut(&[u8]),
+        written: &mut dyn FnMut(&[u8], Option<u128>),
     ) -> Result<()> {
         unit.check_mode(mode, self.modes())?;
-        Frame::open(encoded)?.xor_into(target, written)
+        Frame::open(encoded)?.xor_into(target, &mut |bytes| written(bytes, None))
     }
 
     fn checksum(&self, before: Option<u32>, more: &[u8]) -> Option<u32> {

@@ -7,6 +7,7 @@ use towline_core::{DType, Error, Result, UnitMeta};
 use super::bits::{BitReader, BitWriter};
 use super::classes::{Census, Classes, MAX};
 use super::decisions::{Chance, Decide, Decoder, Encoder, near};
+use super::digests::Written;
 use super::elem::Elem;
 use super::numbers::Numbers;
 use super::ranks::{GapForms, Search, behind_the_last, read_ranks};
@@ -276,7 +277,7 @@ pub(super) fn decode<E: Elem>(
     body: &[u8],
     target: &mut [E::Raw],
     scratch: &mut sparse::Scratch,
-    written: &mut dyn FnMut(&[u8]),
+    written: &mut dyn FnMut(&[u8], Option<u128>),
 ) -> Result<()> {
     let sparse::Scratch { changes: sparse::Changes { ranks, .. }, tile, .. } = scratch;
     let mut bits = BitReader::new(body);
@@ -292,6 +293,7 @@ pub(super) fn decode<E: Elem>(
         return Err(Error::corrupt(format!("wanted {length} bytes of steps, found {}", steps.len())));
     }
     let search = Search { classes: &classes, ranks, ends, tile };
+    let written = Written::new(size_of_val(target), written);
     level.run(Patch::<E> { target, search, layout, steps: Decoder::new(steps), written })
 }
 
@@ -301,8 +303,7 @@ struct Patch<'a, E: Elem> {
     search: Search<'a>,
     layout: Layout,
     steps: Decoder<'a>,
-    /// Takes each tile when it is done.
-    written: &'a mut dyn FnMut(&[u8]),
+    written: Written<'a>,
 }
 
 impl<E: Elem> Kernel for Patch<'_, E> {
@@ -312,14 +313,13 @@ impl<E: Elem> Kernel for Patch<'_, E> {
     fn run<I: Isa>(self, isa: I) -> Result<()> {
         let Self { target, search, layout, mut steps, written } = self;
         let (mut model, columns) = (Model::new(layout.columns), layout.columns());
-        let mut start = 0;
-        search.each_tile::<E, I>(isa, target, |target, places| {
+        search.each_tile::<E, I>(isa, target, written, |target, tile, places| {
             // The steps stand in the order of the elements, not of the classes.
             let mut changes = [0u64; TILE / 64];
             for &(place, _) in places {
                 changes[usize::from(place) / 64 % (TILE / 64)] |= 1 << (place % 64);
             }
-            for (word, mut changes) in (0..).step_by(64).zip(changes) {
+            for (word, mut changes) in (tile.start..).step_by(64).zip(changes) {
                 while changes != 0 {
                     let place = word + changes.trailing_zeros() as usize;
                     changes &= changes - 1;
@@ -327,7 +327,7 @@ impl<E: Elem> Kernel for Patch<'_, E> {
                     let Some(raw) = target.get_mut(place) else { return Err(behind_the_last()) };
                     let old = E::load(*raw);
                     let octave = usize::from(old.key() >> layout.shift);
-                    let column = columns.of(start + place);
+                    let column = columns.of(place);
                     let (magnitude, up) = model.step(&mut steps, octave, column, E::BITS, (1, false));
                     let step = E::narrow(magnitude);
                     *raw = if moves_up(old.is_negative(), false) == up {
@@ -338,8 +338,6 @@ impl<E: Elem> Kernel for Patch<'_, E> {
                     .store();
                 }
             }
-            start += TILE;
-            written(E::bytes(target));
             Ok(())
         })?;
         steps.finish()
@@ -375,7 +373,7 @@ mod tests {
         let apply = |body: &[u8]| {
             let mut target = [[1, 2]; 300];
             let scratch = &mut sparse::Scratch::default();
-            let applied = decode::<u16>(Instructions::default(), body, &mut target, scratch, &mut |_| {});
+            let applied = decode::<u16>(Instructions::default(), body, &mut target, scratch, &mut |_, _| {});
             assert_eq!(target, [[1, 2]; 300]);
             applied.map_err(|error| error.message().to_owned())
         };

@@ -15,6 +15,7 @@ mod bits;
 mod classes;
 mod decisions;
 mod dense;
+mod digests;
 mod elem;
 mod golomb;
 mod learned;
@@ -169,7 +170,7 @@ impl Codec for Octave {
     }
 
     fn decode(&self, unit: &UnitMeta<'_>, mode: Mode, encoded: &[u8], target: &mut [u8]) -> Result<()> {
-        self.decode_writing(unit, mode, encoded, target, &mut |_| {})
+        self.decode_writing(unit, mode, encoded, target, &mut |_, _| {})
     }
 
     fn decode_writing(
@@ -178,7 +179,7 @@ impl Codec for Octave {
         mode: Mode,
         encoded: &[u8],
         target: &mut [u8],
-        written: &mut dyn FnMut(&[u8]),
+        written: &mut dyn FnMut(&[u8], Option<u128>),
     ) -> Result<()> {
         check_length(unit, target.len())?;
         let (form, body) = form(encoded).map_err(|error| error.with_help("copy the file again"))?;
@@ -293,7 +294,7 @@ fn decode<E: Elem>(
     body: &[u8],
     target: &mut [u8],
     scratch: &mut Scratch,
-    written: &mut dyn FnMut(&[u8]),
+    written: &mut dyn FnMut(&[u8], Option<u128>),
 ) -> Result<()> {
     let target = E::split_mut(target);
     match (form, mode) {

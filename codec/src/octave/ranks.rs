@@ -1,13 +1,16 @@
 //! Where the elements stand that change: their ranks among the elements of a class, as the gaps between them.
 
+use std::ops::Range;
+
 use towline_core::{Error, Result};
 
 use super::bits::{BitReader, BitWriter};
 use super::classes::{Census, Classes, MAX};
+use super::digests::Written;
 use super::elem::Elem;
 use super::golomb::Golomb;
 use super::numbers::{Numbers, best, read_numbers, write_numbers};
-use super::simd::{Instructions, Isa, Kernel, TILE, WORDS, prefetch};
+use super::simd::{Instructions, Isa, Kernel, TILE, WORDS, prefetch_second};
 use super::tiles::{Survey, TileCounts, TileMasks};
 
 /// The order of the Exp-Golomb codes for the changes of a class.
@@ -261,7 +264,8 @@ pub(super) struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// Calls `found` for each tile of `target` with it and its places: each with the index of its rank, class by class.
+    /// Calls `found` with `target`, each tile of it, and its places within the tile: each with the index of its rank,
+    /// class by class.
     ///
     /// # Errors
     /// `Corrupt` if a class has fewer elements than a rank says; what `found` answers.
@@ -270,7 +274,8 @@ impl Search<'_> {
         self,
         isa: I,
         target: &mut [E::Raw],
-        mut found: impl FnMut(&mut [E::Raw], &[(u16, u32)]) -> Result<()>,
+        mut written: Written<'_>,
+        mut found: impl FnMut(&mut [E::Raw], Range<usize>, &[(u16, u32)]) -> Result<()>,
     ) -> Result<()> {
         let table = self.classes.table();
         let classes = self.classes.count();
@@ -278,14 +283,15 @@ impl Search<'_> {
         at[1..].copy_from_slice(&self.ends[..MAX - 1]);
         let mut seen = [0u32; MAX];
         let mut places = [(0, 0); TILE];
-        let mut rest = target;
-        while !rest.is_empty() {
-            let (target, behind) = rest.split_at_mut(rest.len().min(TILE));
-            rest = behind;
+        for start in (0..target.len()).step_by(TILE) {
+            let (before, rest) = target.split_at(start);
+            let (tile, rest) = rest.split_at(rest.len().min(TILE));
             // The next tile comes from memory meanwhile: half of it with the words of this one, half with its changes. All
             // at once the processor would have to wait before it can ask for more.
             let (half, other) = rest[..rest.len().min(TILE)].split_at(rest.len().min(TILE / 2));
-            self.tile.fill::<E, I>(isa, target, half, self.classes, &table);
+            let behind = (E::bytes(before), &mut written);
+            self.tile.fill::<E, I>(isa, tile, half, behind, self.classes, &table);
+            written.up_to(isa, E::bytes(target), start * size_of::<E::Raw>());
             let mut ahead = other.chunks(AHEAD / size_of::<E::Raw>());
             let mut count = 0;
             for class in 0..classes {
@@ -299,7 +305,7 @@ impl Search<'_> {
                         break;
                     }
                     if let Some(ahead) = ahead.next() {
-                        prefetch(E::bytes(ahead));
+                        prefetch_second(E::bytes(ahead));
                     }
                     let Some(place) = places.get_mut(count) else { return Err(behind_the_last()) };
                     *place = (self.tile.position(isa, class, rank) as u16, index);
@@ -307,9 +313,11 @@ impl Search<'_> {
                 }
                 at[class] += count - before;
             }
-            found(target, &places[..count])?;
-            ahead.for_each(|ahead| prefetch(E::bytes(ahead)));
+            ahead.for_each(|ahead| prefetch_second(E::bytes(ahead)));
+            let end = start + tile.len();
+            found(target, start..end, &places[..count])?;
         }
+        written.up_to(isa, E::bytes(target), size_of_val(target));
         if at[..classes] == self.ends[..classes] { Ok(()) } else { Err(behind_the_last()) }
     }
 }

@@ -5,6 +5,7 @@ use towline_core::{Error, Result};
 
 use super::bits::{BitReader, BitWriter};
 use super::classes::{Census, Classes, MAX};
+use super::digests::Written;
 use super::elem::Elem;
 use super::golomb::MAX_SHIFT;
 use super::numbers::{MAGNITUDE_TOKENS, Numbers, best, read_numbers, write_numbers};
@@ -258,7 +259,7 @@ pub(super) fn decode<E: Elem>(
     body: &[u8],
     target: &mut [E::Raw],
     scratch: &mut Scratch,
-    written: &mut dyn FnMut(&[u8]),
+    written: &mut dyn FnMut(&[u8], Option<u128>),
 ) -> Result<()> {
     let Scratch { changes, tile, buffers, .. } = scratch;
     let mut bits = BitReader::new(body);
@@ -281,6 +282,7 @@ pub(super) fn decode<E: Elem>(
     let read = ReadChanges { bits, plans: &header.plans, tokens, changes, elements: target.len() };
     let ends = level.run(read)?;
     let search = Search { classes: &header.classes, ranks: &changes.ranks, ends, tile };
+    let written = Written::new(size_of_val(target), written);
     level.run(Patch::<E> { target, search, steps: &changes.steps, written })
 }
 
@@ -392,8 +394,7 @@ struct Patch<'a, E: Elem> {
     target: &'a mut [E::Raw],
     search: Search<'a>,
     steps: &'a [u64],
-    /// Takes each tile when it is done.
-    written: &'a mut dyn FnMut(&[u8]),
+    written: Written<'a>,
 }
 
 impl<E: Elem> Kernel for Patch<'_, E> {
@@ -402,15 +403,16 @@ impl<E: Elem> Kernel for Patch<'_, E> {
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) -> Result<()> {
         let Self { target, search, steps, written } = self;
-        search.each_tile::<E, I>(isa, target, |target, places| {
+        search.each_tile::<E, I>(isa, target, written, |target, tile, places| {
             // In a loop of its own: the searches would wait for stores whose places are not known yet.
             for &(place, index) in places {
                 // Behind the end of a block's last tile there is nothing to change.
-                let Some(raw) = target.get_mut(usize::from(place)) else { return Err(behind_the_last()) };
+                let Some(raw) = target.get_mut(tile.start + usize::from(place)) else {
+                    return Err(behind_the_last());
+                };
                 let step = steps.get(index as usize).map_or_else(E::default, |&step| E::narrow(step));
                 *raw = E::load(*raw).plus(step).store();
             }
-            written(E::bytes(target));
             Ok(())
         })
     }

@@ -1,11 +1,9 @@
 //! Which elements differ, and which rank each has within its class: a tile at a time.
 
-use towline_core::DIGEST_BLOCK;
-
 use super::classes::{Census, Classes, MAX};
+use super::digests::{Digests, Written};
 use super::elem::Elem;
-use super::simd::{ClassCounts, Counts, Instructions, Isa, Kernel, TILE, WORDS, prefetch};
-use crate::xxh3::{self, Lanes};
+use super::simd::{ClassCounts, Counts, Instructions, Isa, Kernel, TILE, WORDS};
 
 /// The class of each element of a tile, as masks with running counts: for those who look for an element of a rank.
 #[derive(Debug)]
@@ -25,23 +23,20 @@ impl Default for TileMasks {
 
 impl TileMasks {
     /// Takes at most [`TILE`] elements. With fewer, what is behind the end has classes and ranks too, after those of the
-    /// elements: only a block's last tile may be shorter. Has `ahead`, at most half a tile, come into the cache meanwhile.
+    /// elements: only a block's last tile may be shorter. Has `ahead`, at most half a tile, come into the cache meanwhile,
+    /// and of what is `behind` as much digested.
     #[inline(always)]
     pub(super) fn fill<E: Elem, I: Isa>(
         &mut self,
         isa: I,
         old: &[E::Raw],
         ahead: &[E::Raw],
+        (behind, written): (&[u8], &mut Written<'_>),
         classes: &Classes,
         table: &[u8; 256],
     ) {
-        let mut ahead = ahead.chunks(TILE / 2 / WORDS);
-        for (keys, old) in self.keys.chunks_mut(64).zip(old.chunks(64)) {
-            if let Some(ahead) = ahead.next() {
-                prefetch(E::bytes(ahead));
-            }
-            keys.iter_mut().zip(old).for_each(|(key, &raw)| *key = E::load(raw).key());
-        }
+        let (blocks, lanes) = written.next(isa, behind);
+        isa.keys::<E>(old, &mut self.keys, ahead, (blocks, lanes));
         isa.class_masks(&self.keys, classes, table, &mut self.masks);
         let classes = self.masks.iter().zip(&mut self.before).zip(&mut self.counts).take(classes.count());
         // No closure: it would not be compiled for the instructions of `isa`.
@@ -139,8 +134,8 @@ impl Survey {
         self.keys.resize(keys.max(self.keys.len()), 0);
         self.elements = old.len();
         self.ends.clear();
-        // A stretch more than may be found: it is noticed behind the stretch.
-        let room = most.min(old.len()) + stretch::<E>() + 64;
+        // A tile more than may be found: it is noticed behind the tile.
+        let room = most.min(old.len()) + TILE + 64;
         self.places.resize(room.max(self.places.len()), 0);
         self.steps.resize(room.max(self.steps.len()), 0);
         self.olds.resize(room.max(self.olds.len()), 0);
@@ -190,61 +185,6 @@ pub(super) struct Changes<'a> {
     pub(super) olds: &'a [u16],
 }
 
-/// About the bytes of the old elements that are looked through before anything else is done with them: what the
-/// processor fetches ahead stops when something comes between. They stay in the cache with the new ones.
-const STRETCH: usize = 1 << 18;
-
-/// The elements of a stretch, whole tiles.
-fn stretch<E: Elem>() -> usize {
-    (STRETCH / size_of::<E::Raw>()).next_multiple_of(TILE)
-}
-
-/// The digests of the new elements, taken while they are compared.
-struct Digest<'a> {
-    new: &'a [u8],
-    /// Of the block that is open.
-    lanes: Lanes,
-    /// Where that begins.
-    start: usize,
-    /// The end of what is in the lanes.
-    taken: usize,
-    /// The end of what was looked at.
-    passed: usize,
-}
-
-impl<'a> Digest<'a> {
-    fn of(new: &'a [u8]) -> Self {
-        Self { new, lanes: Lanes::default(), start: 0, taken: 0, passed: 0 }
-    }
-
-    fn end(&self) -> usize {
-        self.new.len().min(self.start + DIGEST_BLOCK)
-    }
-
-    /// Whether the next tile goes into the lanes: a stripe has to be left behind it. Then it counts as taken.
-    #[inline(always)]
-    fn takes(&mut self, tile: usize) -> bool {
-        let before = self.passed;
-        self.passed += tile;
-        let takes = self.taken == before && self.passed + xxh3::STRIPE <= self.end();
-        if takes {
-            self.taken = self.passed;
-        }
-        takes
-    }
-
-    /// The end of the open block and its digest, if it ends at `done`. A stretch never ends behind it.
-    fn ended_by(&mut self, done: usize) -> Option<(usize, Option<u128>)> {
-        let end = self.end();
-        if done < end {
-            return None;
-        }
-        let digest = self.lanes.finish(end - self.start, &self.new[self.taken..end]);
-        *self = Self { new: self.new, lanes: Lanes::default(), start: end, taken: end, passed: end };
-        Some((end, digest))
-    }
-}
-
 /// Finds what differs.
 struct Find<'a, E: Elem> {
     old: &'a [E::Raw],
@@ -263,31 +203,24 @@ impl<E: Elem> Kernel for Find<'_, E> {
         let Survey { keys, places, steps, olds, ends, .. } = self.survey;
         let (places, steps, olds) = (&mut places[..], &mut steps[..], &mut olds[..]);
         let (mut found, mut done) = (0, 0);
-        let mut digest = Digest::of(E::bytes(self.new));
-        let stretch = stretch::<E>();
-        let stretches = self.old.chunks(stretch).zip(self.new.chunks(stretch)).zip(keys.chunks_mut(stretch));
-        for ((old, new), keys) in stretches {
-            let (first, first_end) = (found, ends.len());
-            let tiles = old.chunks(TILE).zip(new.chunks(TILE)).zip(keys.chunks_mut(TILE));
-            for ((old, new), keys) in tiles {
-                let takes = I::DIGESTS && digest.takes(size_of_val(new));
-                let lanes = takes.then_some(&mut digest.lanes);
-                found += isa.compare::<E>((old, new), keys, &mut places[found..], lanes)?;
-                ends.push(found);
-            }
+        let (unit, mut digests) = (E::bytes(self.new), Digests::default());
+        let tiles = self.old.chunks(TILE).zip(self.new.chunks(TILE)).zip(keys.chunks_mut(TILE));
+        for ((old, new), keys) in tiles {
+            let takes = I::DIGESTS && digests.takes(unit.len(), size_of_val(new));
+            let lanes = takes.then_some(&mut digests.lanes);
+            let start = found;
+            found += isa.compare::<E>((old, new), keys, &mut places[start..], lanes)?;
             if found > self.most {
                 return None;
             }
-            let mut start = first;
-            for ((old, new), &end) in old.chunks(TILE).zip(new.chunks(TILE)).zip(&ends[first_end..]) {
-                let tile = std::mem::replace(&mut start, end)..end;
-                describe::<E>((old, new), &places[tile.clone()], &mut steps[tile.clone()], &mut olds[tile]);
-            }
+            ends.push(found);
+            let tile = start..found;
+            describe::<E>((old, new), &places[tile.clone()], &mut steps[tile.clone()], &mut olds[tile]);
             done += size_of_val(old);
             if !I::DIGESTS {
                 (self.read)(done, None);
-            } else if let Some((end, digest)) = digest.ended_by(done) {
-                (self.read)(end, digest);
+            } else if let Some((block, digest)) = digests.ended_by(isa, unit, done) {
+                (self.read)(block.end, digest);
             }
         }
         self.census.changes(&olds[..found], &steps[..found]);

@@ -18,10 +18,7 @@ use super::{ensure, skipped};
 use crate::testing::alloc::CountingAllocator;
 use crate::testing::mix::Mix;
 use crate::testing::strategies::tensor_pair;
-use crate::{
-    Codec, DIGEST_BLOCK, ErrorKind, Framing, Mode, Modes, Result as CoreResult, TensorMeta, Unit,
-    block_digest,
-};
+use crate::{Codec, ErrorKind, Framing, Mode, Modes, Result as CoreResult, TensorMeta, Unit};
 
 /// What a decoder may hold besides its output, whatever it is given: this many bytes …
 pub const ALLOCATION_CONSTANT: usize = 16 << 20;
@@ -230,14 +227,7 @@ pub fn deterministic(codec: &dyn Codec, case: &CodecCase) -> Result<(), String> 
         let forwards = ends.is_sorted() && ends.last().is_none_or(|&end| end <= frame.unit.current.len());
         ensure!(forwards, "encode_reading read up to {ends:?} of {} bytes", frame.unit.current.len());
         for (digest, (start, end)) in digests {
-            let whole = end - start == DIGEST_BLOCK || end == frame.unit.current.len();
-            let block = start.is_multiple_of(DIGEST_BLOCK) && end - start <= DIGEST_BLOCK && whole;
-            ensure!(block, "encode_reading gave a digest of bytes {start}..{end}, which are not a block");
-            let wanted = block_digest(&frame.unit.current[start..end]);
-            ensure!(
-                digest == wanted,
-                "encode_reading gave {digest:032x} as digest of {start}..{end}, which is {wanted:032x}"
-            );
+            frame.has_digest(start..end, digest).map_err(|error| format!("encode_reading gave {error}"))?;
         }
         Ok(())
     })

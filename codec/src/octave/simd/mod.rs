@@ -16,7 +16,7 @@ mod x86;
 use super::classes::{Classes, MAX};
 use super::elem::Elem;
 use super::rans::{EncodeTable, LANES};
-use crate::xxh3::{Lanes, STRIPE};
+use crate::xxh3::{BLOCK, Lanes, STRIPE};
 
 /// The elements that are ranked at once.
 pub(super) const TILE: usize = 4096;
@@ -139,11 +139,20 @@ impl Instructions {
     }
 }
 
-/// Has `bytes` come into the cache while other work is done.
+/// Has `bytes`, which are worked on soon, come into the nearest cache while other work is done.
 #[inline(always)]
 pub(crate) fn prefetch(bytes: &[u8]) {
     #[cfg(target_arch = "x86_64")]
-    x86::prefetch(bytes);
+    x86::prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(bytes);
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
+}
+
+/// As [`prefetch`], but into the second cache: the few loads that the nearest one can wait for are left to the work.
+#[inline(always)]
+pub(super) fn prefetch_second(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    x86::prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(bytes);
     #[cfg(not(target_arch = "x86_64"))]
     let _ = bytes;
 }
@@ -211,6 +220,19 @@ pub(super) trait Isa: Copy {
             keys[index] = old.key();
         }
         self.nonzero(&differs)
+    }
+
+    /// Sets the keys of a tile's elements, of which there may be fewer. Has `ahead`, at most half a tile, come into the cache
+    /// meanwhile, and takes blocks into lanes.
+    #[inline(always)]
+    fn keys<E: Elem>(
+        self,
+        tile: &[E::Raw],
+        keys: &mut [u8; TILE],
+        ahead: &[E::Raw],
+        (blocks, lanes): (&[[u8; BLOCK]], &mut Lanes),
+    ) {
+        keys_each::<E, Self>(self, tile, keys, ahead, (blocks, lanes));
     }
 
     /// Digests stripes that are the `first` one of an input and those behind it.
@@ -357,6 +379,25 @@ pub(super) trait Isa: Copy {
     ) -> usize {
         start
     }
+}
+
+/// As [`Isa::keys`], 64 elements after the other.
+#[inline(always)]
+fn keys_each<E: Elem, I: Isa>(
+    isa: I,
+    tile: &[E::Raw],
+    keys: &mut [u8; TILE],
+    ahead: &[E::Raw],
+    (blocks, lanes): (&[[u8; BLOCK]], &mut Lanes),
+) {
+    let mut ahead = ahead.chunks(TILE / 2 / WORDS);
+    for (keys, raws) in keys.chunks_mut(64).zip(tile.chunks(64)) {
+        if let Some(ahead) = ahead.next() {
+            prefetch_second(E::bytes(ahead));
+        }
+        keys.iter_mut().zip(raws).for_each(|(key, &raw)| *key = E::load(raw).key());
+    }
+    isa.digest(lanes, 0, blocks.as_flattened().as_chunks().0);
 }
 
 /// As [`Isa::compare`], 64 elements after the other.

@@ -9,8 +9,8 @@ use std::arch::x86_64::*;
 use super::super::classes::Classes;
 use super::super::elem::Elem;
 use super::super::rans::{CHANCE_BITS, EncodeTable, LOWEST, TOTAL};
-use super::{ClassCounts, Counts, Isa, LANES, MAX, MOST_LISTED, TILE, WORDS, compare_each, slot};
-use crate::xxh3::{Lanes, STRIPE};
+use super::{ClassCounts, Counts, Isa, LANES, MAX, MOST_LISTED, TILE, WORDS, compare_each, keys_each, slot};
+use crate::xxh3::{BLOCK, Lanes, STRIPE};
 use masks::{LookUp, Narrow, Wide};
 use tables::{BYTE_NUMBERS, EVEN_BYTES};
 
@@ -62,12 +62,12 @@ fn select_bmi2(word: u64, rank: u32) -> u32 {
     unsafe { _pdep_u64(1 << rank, word) }.trailing_zeros()
 }
 
-/// As [`super::prefetch`].
+/// As [`super::prefetch`], into the cache that `HINT` says.
 #[inline(always)]
-pub(super) fn prefetch(bytes: &[u8]) {
+pub(super) fn prefetch<const HINT: i32>(bytes: &[u8]) {
     for line in bytes.chunks(64) {
         // SAFETY: baseline; nothing is read.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+        unsafe { _mm_prefetch::<HINT>(line.as_ptr().cast()) };
     }
 }
 
@@ -227,6 +227,22 @@ impl Isa for Avx512 {
             }
         }
         differs
+    }
+
+    #[inline(always)]
+    fn keys<E: Elem>(
+        self,
+        tile: &[E::Raw],
+        keys: &mut [u8; TILE],
+        ahead: &[E::Raw],
+        (blocks, lanes): (&[[u8; BLOCK]], &mut Lanes),
+    ) {
+        match E::bytes(tile).as_chunks() {
+            (tile, []) if E::BITS == 16 => {
+                find::keys(self, tile, keys.as_chunks_mut().0, E::bytes(ahead), (blocks, lanes));
+            }
+            _ => keys_each::<E, _>(self, tile, keys, ahead, (blocks, lanes)),
+        }
     }
 
     #[inline(always)]

@@ -1,10 +1,13 @@
 //! The frames that the laws look at, and noise made of them.
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::CodecCase;
 use crate::testing::mix::Mix;
-use crate::{Codec, DType, ErrorKind, Mode, Result as CoreResult, TensorMeta, UnitMeta};
+use crate::{
+    Codec, DIGEST_BLOCK, DType, ErrorKind, Mode, Result as CoreResult, TensorMeta, UnitMeta, block_digest,
+};
 
 pub(super) struct CaseUnit<'a> {
     pub(super) meta: UnitMeta<'a>,
@@ -64,10 +67,14 @@ impl Frame<'_> {
         }
     }
 
-    /// `decode_writing` gives what `decode` gives, and hands on nothing else.
+    /// `decode_writing` gives what `decode` gives, and hands on nothing else and no other digest.
     pub(super) fn decodes_writing(&self, codec: &dyn Codec) -> Result<(), String> {
-        let (mut target, mut handed) = (self.start(), Vec::new());
-        let mut written = |bytes: &[u8]| handed.extend_from_slice(bytes);
+        let (mut target, mut handed, mut digests) = (self.start(), Vec::new(), Vec::new());
+        let mut written = |bytes: &[u8], digest: Option<u128>| {
+            let start = handed.len();
+            handed.extend_from_slice(bytes);
+            digests.extend(digest.map(|digest| (start..handed.len(), digest)));
+        };
         guarded(|| codec.decode_writing(&self.unit.meta, self.mode, &self.bytes, &mut target, &mut written))?
             .map_err(|error| format!("decode_writing of what decode took: {error:?}"))?;
         if target != self.unit.current {
@@ -78,6 +85,22 @@ impl Frame<'_> {
                 "decode_writing of a {:?} frame handed on other bytes than it wrote",
                 self.mode
             ));
+        }
+        digests.into_iter().try_for_each(|(bytes, digest)| {
+            self.has_digest(bytes, digest)
+                .map_err(|error| format!("decode_writing of a {:?} frame gave {error}", self.mode))
+        })
+    }
+
+    /// Whether some of the new bytes are a block and have this digest.
+    pub(super) fn has_digest(&self, Range { start, end }: Range<usize>, digest: u128) -> Result<(), String> {
+        let whole = end - start == DIGEST_BLOCK || end == self.unit.current.len();
+        if !(start.is_multiple_of(DIGEST_BLOCK) && end - start <= DIGEST_BLOCK && whole) {
+            return Err(format!("a digest of bytes {start}..{end}, which are not a block"));
+        }
+        let wanted = block_digest(&self.unit.current[start..end]);
+        if digest != wanted {
+            return Err(format!("{digest:032x} as digest of {start}..{end}, which is {wanted:032x}"));
         }
         Ok(())
     }

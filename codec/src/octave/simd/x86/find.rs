@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::super::TILE;
+use super::super::{TILE, prefetch_second};
 use super::tables::BYTE_NUMBERS;
 use super::{Avx512, keys_of_halves};
 use crate::xxh3::{BLOCK, Lanes, SCRAMBLE, SCRAMBLE_BY, SECRET, STRIPE};
@@ -47,6 +47,43 @@ fn scrambled(sums: __m512i) -> __m512i {
         let secret = _mm512_loadu_si512(SECRET.as_ptr().add(SCRAMBLE).cast());
         let mixed = _mm512_xor_si512(_mm512_xor_si512(sums, _mm512_srli_epi64::<47>(sums)), secret);
         _mm512_mullo_epi64(mixed, _mm512_set1_epi64(SCRAMBLE_BY.cast_signed()))
+    }
+}
+
+/// As [`super::Isa::keys`], of elements of 16 bits that are whole blocks of a digest.
+#[inline(always)]
+pub(super) fn keys(
+    isa: Avx512,
+    tile: &[[u8; BLOCK]],
+    keys: &mut [[u8; BLOCK / 2]],
+    ahead: &[u8],
+    (blocks, lanes): (&[[u8; BLOCK]], &mut Lanes),
+) {
+    // SAFETY: token; bounds: a block has 16 times 64 bytes and half as many keys; 8 lanes.
+    unsafe {
+        let mut sums = _mm512_loadu_si512(lanes.0.as_ptr().cast());
+        let (mut ahead, mut digested) = (ahead.chunks(64), blocks.iter());
+        for (raws, keys) in tile.iter().zip(keys) {
+            let block = digested.next();
+            for at in 0..STRIPES / 2 {
+                if let Some(ahead) = ahead.next() {
+                    prefetch_second(ahead);
+                }
+                let raws = raws.as_ptr().add(at * 128);
+                let (low, high) = (_mm512_loadu_si512(raws.cast()), _mm512_loadu_si512(raws.add(64).cast()));
+                _mm512_storeu_si512(keys.as_mut_ptr().add(at * 64).cast(), keys_of_halves(low, high));
+                if let Some(block) = block {
+                    let words = block.as_ptr().add(at * 128);
+                    sums = with_stripe(sums, at * 2, _mm512_loadu_si512(words.cast()));
+                    sums = with_stripe(sums, at * 2 + 1, _mm512_loadu_si512(words.add(64).cast()));
+                }
+            }
+            if block.is_some() {
+                sums = scrambled(sums);
+            }
+        }
+        _mm512_storeu_si512(lanes.0.as_mut_ptr().cast(), sums);
+        digest(isa, lanes, 0, digested.as_slice().as_flattened().as_chunks().0);
     }
 }
 

@@ -1,0 +1,106 @@
+//! The digests of a unit's blocks, taken while their bytes are in the nearest cache.
+
+use std::ops::Range;
+
+use towline_core::DIGEST_BLOCK;
+
+use super::simd::Isa;
+use crate::xxh3::{BLOCK, Lanes, STRIPE};
+
+/// Goes from block to block of a unit.
+#[derive(Default)]
+pub(super) struct Digests {
+    /// Of the block that is open.
+    pub(super) lanes: Lanes,
+    /// Where that begins.
+    start: usize,
+    /// The end of what is in the lanes.
+    taken: usize,
+    /// The end of what was looked at.
+    passed: usize,
+}
+
+impl Digests {
+    /// Where the open block of a unit of `length` bytes ends.
+    fn end(&self, length: usize) -> usize {
+        length.min(self.start + DIGEST_BLOCK)
+    }
+
+    /// Whether the next tile of a unit of `length` bytes goes into the lanes as a whole: a stripe has to be left behind
+    /// it. Then it counts as taken.
+    #[inline(always)]
+    pub(super) fn takes(&mut self, length: usize, tile: usize) -> bool {
+        let before = self.passed;
+        self.passed += tile;
+        let takes = self.taken == before && self.passed + STRIPE <= self.end(length);
+        if takes {
+            self.taken = self.passed;
+        }
+        takes
+    }
+
+    /// The next whole blocks of the lanes in `before`, the start of a unit of `length` bytes, and the lanes, which the
+    /// caller takes them into.
+    #[inline(always)]
+    fn next<'b>(&mut self, before: &'b [u8], length: usize) -> (&'b [[u8; BLOCK]], &mut Lanes) {
+        // A stripe has to be left behind them.
+        let most = self.end(length).saturating_sub(STRIPE).min(before.len());
+        let (blocks, _) = before.get(self.taken..most).unwrap_or_default().as_chunks();
+        self.taken += size_of_val(blocks);
+        (blocks, &mut self.lanes)
+    }
+
+    /// The open block and its digest, if it ends at `done`, in which case the next one is opened. A tile never ends
+    /// behind it.
+    #[inline(always)]
+    pub(super) fn ended_by<I: Isa>(
+        &mut self,
+        isa: I,
+        unit: &[u8],
+        done: usize,
+    ) -> Option<(Range<usize>, Option<u128>)> {
+        let (start, end) = (self.start, self.end(unit.len()));
+        if done < end {
+            return None;
+        }
+        let (blocks, lanes) = self.next(&unit[..end], unit.len());
+        isa.digest(lanes, 0, blocks.as_flattened().as_chunks().0);
+        let digest = self.lanes.finish(end - start, &unit[self.taken..end]);
+        *self = Self { lanes: Lanes::default(), start: end, taken: end, passed: end };
+        Some((start..end, digest))
+    }
+}
+
+/// Hands on what a decoder has written.
+pub(super) struct Written<'a> {
+    digests: Digests,
+    /// The bytes of the unit.
+    length: usize,
+    /// The end of what was handed on.
+    told: usize,
+    tell: &'a mut dyn FnMut(&[u8], Option<u128>),
+}
+
+impl<'a> Written<'a> {
+    /// As [`towline_core::Codec::decode_writing`] says.
+    pub(super) fn new(length: usize, tell: &'a mut dyn FnMut(&[u8], Option<u128>)) -> Self {
+        Self { digests: Digests::default(), length, told: 0, tell }
+    }
+
+    /// The next whole blocks of the lanes in `before`, the part of the unit that is as it stays, and the lanes, which the
+    /// caller takes them into.
+    #[inline(always)]
+    pub(super) fn next<'b, I: Isa>(&mut self, _: I, before: &'b [u8]) -> (&'b [[u8; BLOCK]], &mut Lanes) {
+        self.digests.next(if I::DIGESTS { before } else { &[] }, self.length)
+    }
+
+    /// Up to `done`, where a tile ends, the unit is as it stays.
+    #[inline(always)]
+    pub(super) fn up_to<I: Isa>(&mut self, isa: I, unit: &[u8], done: usize) {
+        if !I::DIGESTS {
+            (self.tell)(&unit[std::mem::replace(&mut self.told, done)..done], None);
+        } else if let Some((block, digest)) = self.digests.ended_by(isa, unit, done) {
+            (self.tell)(&unit[block], digest);
+        }
+    }
+}
