@@ -203,10 +203,11 @@ impl<E: Elem> Kernel for Find<'_, E> {
         let Survey { keys, places, steps, olds, ends, .. } = self.survey;
         let (places, steps, olds) = (&mut places[..], &mut steps[..], &mut olds[..]);
         let (mut found, mut done) = (0, 0);
-        let (unit, mut digests) = (E::bytes(self.new), Digests::default());
+        let unit = E::bytes(self.new);
+        let mut digests = Digests::new(unit.len());
         let tiles = self.old.chunks(TILE).zip(self.new.chunks(TILE)).zip(keys.chunks_mut(TILE));
         for ((old, new), keys) in tiles {
-            let takes = I::DIGESTS && digests.takes(unit.len(), size_of_val(new));
+            let takes = I::DIGESTS && digests.takes(done..done + size_of_val(new));
             let lanes = takes.then_some(&mut digests.lanes);
             let start = found;
             found += isa.compare::<E>((old, new), keys, &mut places[start..], lanes)?;

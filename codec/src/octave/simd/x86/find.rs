@@ -1,4 +1,4 @@
-//! Which elements differ, in a loop that waits for memory: digesting the new ones costs nothing beside that.
+//! Loops over elements that wait for memory, which digest meanwhile: which elements differ, and their keys.
 
 use std::arch::x86_64::*;
 
