@@ -76,7 +76,7 @@ pub(super) fn encode<E: Elem>(level: Instructions, new: &[E::Raw], buffers: &mut
 #[inline(never)]
 fn count(level: Instructions, tokens: &[u8]) -> [u32; 256] {
     let every = if tokens.len() < SAMPLE { 1 } else { COUNTED };
-    let mut counts = tally(tokens.chunks(STRETCH).step_by(every));
+    let mut counts = tally(level, tokens.chunks(STRETCH).step_by(every));
     if every > 1 {
         let seen = counts.map(|count| u8::from(count > 0));
         counts.iter_mut().for_each(|count| *count *= every as u32);

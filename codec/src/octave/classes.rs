@@ -6,7 +6,7 @@
 use towline_core::Result;
 
 use super::bits::{BitReader, BitWriter};
-use super::simd::prefetch;
+use super::simd::{ByteCounts, Instructions, Isa, Kernel, prefetch};
 
 /// The most classes of a block.
 pub(super) const MAX: usize = 16;
@@ -115,12 +115,12 @@ impl Default for Census {
 impl Census {
     /// Counts a sample of `keys`, in place of what was counted before.
     #[inline(never)]
-    pub(super) fn count(&mut self, keys: &[u8]) {
+    pub(super) fn count(&mut self, level: Instructions, keys: &[u8]) {
         let stretches = keys.chunks(STRETCH).step_by((keys.len() / SAMPLE).max(1));
         // They lie too far apart for what the processor fetches ahead.
         stretches.clone().for_each(prefetch);
         let seen: usize = stretches.clone().map(<[u8]>::len).sum();
-        for (stats, count) in self.0.iter_mut().zip(tally(stretches)) {
+        for (stats, count) in self.0.iter_mut().zip(tally(level, stretches)) {
             stats.elements = u64::from(count) * keys.len() as u64 / seen.max(1) as u64;
         }
     }
@@ -214,24 +214,23 @@ impl Census {
 }
 
 /// How often each byte comes up.
-#[inline(never)]
-pub(super) fn tally<'a>(parts: impl Iterator<Item = &'a [u8]>) -> [u32; 256] {
-    // Several tables, because equal bytes come in a row and one count would wait for the other.
-    let mut tables = [[0u32; 256]; 8];
-    for part in parts {
-        let (eights, rest) = part.as_chunks::<8>();
-        for eight in eights {
-            let mut eight = u64::from_le_bytes(*eight);
-            for table in &mut tables {
-                table[(eight & 0xff) as usize] += 1;
-                eight >>= 8;
-            }
-        }
-        rest.iter().for_each(|&byte| tables[0][usize::from(byte)] += 1);
+pub(super) fn tally<'a>(level: Instructions, parts: impl Iterator<Item = &'a [u8]> + Clone) -> [u32; 256] {
+    level.run(Tally(parts))
+}
+
+struct Tally<P>(P);
+
+impl<'a, P: Iterator<Item = &'a [u8]> + Clone> Kernel for Tally<P> {
+    type Output = [u32; 256];
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) -> [u32; 256] {
+        let mut tally = ByteCounts::default();
+        isa.tally(self.0, &mut tally);
+        let ByteCounts([sums, more @ ..]) = &mut tally;
+        more.iter().for_each(|table| sums.iter_mut().zip(table).for_each(|(sum, count)| *sum += count));
+        *sums
     }
-    let [mut sums, more @ ..] = tables;
-    more.iter().for_each(|table| sums.iter_mut().zip(table).for_each(|(sum, count)| *sum += count));
-    sums
 }
 
 /// The entropy in bits of `events` among `trials` that all have the same chance.
@@ -266,6 +265,25 @@ mod tests {
     fn the_logarithm_is_close() {
         for number in [1.0, 1.4, 1.5, 2.0, 3.0, 1000.0, 123_456_789.0, 1e15] {
             assert!((log2(number) - f64::log2(number)).abs() < 1e-7, "{number}");
+        }
+    }
+
+    #[test]
+    fn all_instructions_count_the_same() {
+        let mut state = 1_u64;
+        let mut random = |most: u64| {
+            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+            (state >> 33) % most
+        };
+        for (first, range, length) in
+            [(0, 256, 1000), (0, 1, 64), (100, 30, 4096), (190, 66, 777), (0, 70, 6400), (250, 9, 640)]
+        {
+            let bytes: Vec<u8> = (0..length).map(|_| (first + random(range)) as u8).collect();
+            let mut counts = [0; 256];
+            bytes.iter().for_each(|&byte| counts[usize::from(byte)] += 1);
+            for level in Instructions::ALL {
+                assert_eq!(tally(level, bytes.chunks(STRETCH)), counts, "{level:?}, {range} from {first}");
+            }
         }
     }
 

@@ -63,7 +63,7 @@ pub(super) fn encode<E: Elem>(
     let mut census = Census::default();
     buffers.classes.resize(old.len().next_multiple_of(64), 0);
     level.run(Sort::<E> { old, table: &std::array::from_fn(|key| key as u8), classes: &mut buffers.classes });
-    census.count(&buffers.classes[..old.len()]);
+    census.count(level, &buffers.classes[..old.len()]);
     let weight = (old.len() / COUNTED).max(1);
     for (old, new) in old.chunks(64).zip(new.chunks(64)).step_by(weight) {
         for (old, new) in old.iter().zip(new).map(|(old, new)| (E::load(*old), E::load(*new))) {

@@ -58,7 +58,7 @@ impl Lists {
         mut census: Census,
         header: f64,
     ) -> Classes {
-        census.count(survey.keys());
+        census.count(level, survey.keys());
         let classes = census.classes(header);
         let mut sum = 0;
         for (end, stats) in self.ends.iter_mut().zip(census.by_class(&classes)) {
@@ -115,7 +115,7 @@ impl Kernel for Rank<'_> {
             for ((&place, &old), &step) in changes.places.iter().zip(changes.olds).zip(changes.steps) {
                 let class = usize::from(table[usize::from(old & 0xff)]) % MAX;
                 let word = usize::from(place) / 64 % WORDS;
-                let rank = counts[class].before(word) + isa.count_within(&words[word], place, ranges[class]);
+                let rank = counts.before(word)[class] + isa.count_within(&words[word], place, ranges[class]);
                 let to = at[class];
                 at[class] += 1;
                 if let Some(to) = ranks.get_mut(to) {

@@ -68,19 +68,19 @@ impl TileMasks {
 pub(super) struct TileCounts {
     /// Of a tile that is too short.
     keys: [u8; TILE],
-    counts: [ClassCounts; MAX],
+    counts: ClassCounts,
 }
 
 impl Default for TileCounts {
     fn default() -> Self {
-        Self { keys: [0; TILE], counts: Default::default() }
+        Self { keys: [0; TILE], counts: ClassCounts::default() }
     }
 }
 
 impl TileCounts {
     /// Begins with the first tile of a block.
     pub(super) fn begin(&mut self) {
-        self.counts.iter_mut().for_each(ClassCounts::begin);
+        self.counts.begin();
     }
 
     /// Counts at most [`TILE`] keys; with fewer it is as for [`TileMasks::fill`]. Returns the keys of a whole tile.
@@ -91,7 +91,7 @@ impl TileCounts {
         keys: &'a [u8],
         classes: &Classes,
         table: &[u8; 256],
-    ) -> (&'a [u8; TILE], &'a [ClassCounts; MAX]) {
+    ) -> (&'a [u8; TILE], &'a ClassCounts) {
         let Self { keys: whole, counts } = self;
         let keys = keys.as_array().unwrap_or_else(|| {
             whole[..keys.len()].copy_from_slice(keys);

@@ -39,41 +39,58 @@ pub(super) struct Counts {
     pub(super) words: [[u16; 8]; 8],
 }
 
-/// How many elements of a class stand before each word of a tile, in this tile and those before it.
+/// How many elements of each class stand before each word of a tile, in this tile and those before it.
 #[derive(Debug, Clone)]
 #[repr(align(64))]
 pub(super) struct ClassCounts {
-    /// Before each word in its column, by the slots of words.
-    words: [u64; WORDS],
-    /// Before each column.
-    columns: [u32; 8],
+    /// Before each word, by class.
+    words: [[u32; MAX]; WORDS],
     /// Before the next tile.
-    all: u32,
+    all: [u32; MAX],
 }
 
 impl Default for ClassCounts {
     fn default() -> Self {
-        Self { words: [0; WORDS], columns: [0; 8], all: 0 }
+        Self { words: [[0; MAX]; WORDS], all: [0; MAX] }
     }
 }
 
 impl ClassCounts {
-    /// The elements before a word.
+    /// Before a word.
     #[inline(always)]
-    pub(super) fn before(&self, word: usize) -> u32 {
-        self.words[slot(word % WORDS)] as u32 + self.columns[word / 8 % 8]
-    }
-
-    /// Ends a tile in which `sum` elements were counted before words, without regard to columns.
-    #[inline(always)]
-    fn end(&mut self, sum: u64) {
-        self.columns = [self.all; 8];
-        self.all += sum as u32;
+    pub(super) fn before(&self, word: usize) -> &[u32; MAX] {
+        &self.words[word % WORDS]
     }
 
     /// Forgets the tiles before.
     pub(super) fn begin(&mut self) {
-        self.all = 0;
+        self.all = [0; MAX];
+    }
+}
+
+/// How often each byte comes up: the sums of several tables, because equal bytes come in a row and one count would wait
+/// for the other.
+#[derive(Debug)]
+pub(super) struct ByteCounts(pub(super) [[u32; 256]; 8]);
+
+impl Default for ByteCounts {
+    fn default() -> Self {
+        Self([[0; 256]; 8])
+    }
+}
+
+impl ByteCounts {
+    #[inline(always)]
+    fn add(&mut self, bytes: &[u8]) {
+        let (eights, rest) = bytes.as_chunks::<8>();
+        for eight in eights {
+            let mut eight = u64::from_le_bytes(*eight);
+            for table in &mut self.0 {
+                table[(eight & 0xff) as usize] += 1;
+                eight >>= 8;
+            }
+        }
+        rest.iter().for_each(|&byte| self.0[0][usize::from(byte)] += 1);
     }
 }
 
@@ -273,26 +290,26 @@ pub(super) trait Isa: Copy {
         masks: &mut [[u64; WORDS]; MAX],
     );
 
+    /// Counts the bytes of `parts`.
+    #[inline(always)]
+    fn tally<'a>(self, parts: impl Iterator<Item = &'a [u8]> + Clone, counts: &mut ByteCounts) {
+        parts.for_each(|part| counts.add(part));
+    }
+
     /// Counts the keys of the next tile by class.
     #[inline(always)]
     fn class_counts(
         self,
         keys: &[u8; TILE],
-        classes: &Classes,
+        _classes: &Classes,
         table: &[u8; 256],
-        counts: &mut [ClassCounts; MAX],
+        counts: &mut ClassCounts,
     ) {
-        let mut sums = [0; MAX];
-        for (word, keys) in keys.as_chunks::<64>().0.iter().enumerate() {
-            for (counts, sum) in counts.iter_mut().zip(sums).take(classes.count()) {
-                counts.words[slot(word)] = sum;
-            }
+        for (keys, before) in keys.as_chunks::<64>().0.iter().zip(&mut counts.words) {
+            *before = counts.all;
             for &key in keys {
-                sums[usize::from(table[usize::from(key)]) % MAX] += 1;
+                counts.all[usize::from(table[usize::from(key)]) % MAX] += 1;
             }
-        }
-        for (counts, sum) in counts.iter_mut().zip(sums).take(classes.count()) {
-            counts.end(sum);
         }
     }
 

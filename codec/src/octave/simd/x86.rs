@@ -9,7 +9,9 @@ use std::arch::x86_64::*;
 use super::super::classes::Classes;
 use super::super::elem::Elem;
 use super::super::rans::{CHANCE_BITS, EncodeTable, LOWEST, TOTAL};
-use super::{ClassCounts, Counts, Isa, LANES, MAX, MOST_LISTED, TILE, WORDS, compare_each, keys_each, slot};
+use super::{
+    ByteCounts, ClassCounts, Counts, Isa, LANES, MAX, MOST_LISTED, TILE, WORDS, compare_each, keys_each, slot,
+};
 use crate::xxh3::{BLOCK, Lanes, STRIPE};
 use masks::{LookUp, Narrow, Wide};
 use tables::{BYTE_NUMBERS, EVEN_BYTES};
@@ -89,35 +91,29 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    fn class_counts(
-        self,
-        keys: &[u8; TILE],
-        classes: &Classes,
-        _: &[u8; 256],
-        counts: &mut [ClassCounts; MAX],
-    ) {
-        let words = keys.as_chunks::<64>().0;
-        // Those that are in this class or above it, before each word and in all.
-        let mut above = [0; WORDS];
-        (0..WORDS).for_each(|word| above[slot(word)] = word as u64 * 64);
-        let mut sum = TILE as u64;
-        let bounds = classes.bounds().iter().map(Some).chain([None]);
-        for (counts, bound) in counts.iter_mut().zip(bounds) {
-            let (mut behind, mut behind_sum) = ([0; WORDS], 0);
-            if let Some(&bound) = bound {
-                for (column, words) in words.as_chunks::<8>().0.iter().enumerate() {
-                    for (row, keys) in words.iter().enumerate() {
-                        behind[slot(column * 8 + row) % WORDS] = behind_sum;
-                        behind_sum += u64::from(self.at_least(keys, bound).count_ones());
-                    }
+    fn class_counts(self, keys: &[u8; TILE], classes: &Classes, _: &[u8; 256], counts: &mut ClassCounts) {
+        // Of a known number, as most blocks have them: without a loop.
+        let most = classes.bounds().as_array::<{ MAX - 1 }>();
+        let mut all = counts.all;
+        for (keys, before) in keys.as_chunks::<64>().0.iter().zip(&mut counts.words) {
+            *before = all;
+            // Those that are in each class or above it.
+            let mut above = [0; MAX + 1];
+            above[0] = 64;
+            if let Some(bounds) = most {
+                for (above, &bound) in above[1..].iter_mut().zip(bounds) {
+                    *above = self.at_least(keys, bound).count_ones();
+                }
+            } else {
+                for (above, &bound) in above[1..].iter_mut().zip(classes.bounds()) {
+                    *above = self.at_least(keys, bound).count_ones();
                 }
             }
-            for ((count, above), behind) in counts.words.iter_mut().zip(above).zip(behind) {
-                *count = above - behind;
+            for (class, all) in all.iter_mut().enumerate() {
+                *all += above[class] - above[class + 1];
             }
-            counts.end(sum - behind_sum);
-            (above, sum) = (behind, behind_sum);
         }
+        counts.all = all;
     }
 
     #[inline(always)]
@@ -302,16 +298,15 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
-    fn class_counts(
-        self,
-        keys: &[u8; TILE],
-        classes: &Classes,
-        table: &[u8; 256],
-        counts: &mut [ClassCounts; MAX],
-    ) {
+    fn tally<'a>(self, parts: impl Iterator<Item = &'a [u8]> + Clone, counts: &mut ByteCounts) {
+        self.tally_of(parts, counts);
+    }
+
+    #[inline(always)]
+    fn class_counts(self, keys: &[u8; TILE], classes: &Classes, table: &[u8; 256], counts: &mut ClassCounts) {
         match Narrow::of(classes, table) {
-            Some(narrow) => self.counts_of(keys, classes.count(), counts, &narrow),
-            None => self.counts_of(keys, classes.count(), counts, &Wide::of(table)),
+            Some(narrow) => self.counts_of(keys, counts, narrow),
+            None => self.counts_of(keys, counts, Wide::of(table)),
         }
     }
 
