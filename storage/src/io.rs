@@ -60,6 +60,11 @@ pub(crate) fn read_at(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result
     }
 }
 
+/// Writes a part of an encoded file.
+pub(crate) fn write(out: &mut impl io::Write, bytes: &[u8]) -> Result<()> {
+    out.write_all(bytes).map_err(|error| io_error(error, "an encoded file could not be written"))
+}
+
 /// An error of the operating system with the caller's reaction to it.
 pub(crate) fn io_error(error: io::Error, message: impl Display) -> Error {
     use io::ErrorKind as Kind;

@@ -35,6 +35,7 @@ mod repo;
 mod shard;
 #[cfg(feature = "slime")]
 pub mod slime;
+mod spool;
 #[cfg(feature = "testing")]
 pub mod testing;
 

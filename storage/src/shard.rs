@@ -1,11 +1,10 @@
 //! One encoded file, written and read where it lies on a disk: what command lines need.
 
 use std::collections::BTreeMap;
-use std::io::{Read, Seek as _, SeekFrom, Write};
+use std::io::Write;
 use std::num::NonZeroUsize;
 
 use bytes::Bytes;
-use tempfile::spooled_tempfile;
 use towline_core::pipeline::{self, Decode, Limits, Summary};
 use towline_core::safetensors::{ByteSource, Header};
 use towline_core::shard::{ContainerWriter, EncodedTensor, MAGIC, ShardIndex};
@@ -13,10 +12,9 @@ use towline_core::{
     Codec, ContentDigest, DType, Error, Framing, Mode, Result, TensorDigest, TensorMeta, TensorSource,
 };
 
-use crate::io::io_error;
+use crate::io::write;
+use crate::spool::Spool;
 
-/// Encoded bytes above which a file whose header comes first waits on disk instead of in memory.
-const SPOOL: usize = 32 << 20;
 /// How much of a payload shows which format it has.
 const PAYLOAD_HEAD: u64 = 64;
 
@@ -304,12 +302,12 @@ fn write_safetensors<W: Write>(
     parent: Option<&dyn TensorSource>,
     limits: Limits,
 ) -> Result<ShardSummary> {
-    let mut spool = spooled_tempfile(SPOOL);
+    let mut spool = Spool::default();
     let mut tally = Tally::default();
     let mut payloads = Vec::new();
     let mut checksums = BTreeMap::new();
-    pipeline::encode(codec, current, parent, limits, &mut |meta, encoded| {
-        let ([payload], Some(whole)) = (encoded.frames.as_slice(), &encoded.whole) else {
+    pipeline::encode(codec, current, parent, limits, &mut |meta, mut encoded| {
+        let ([payload], Some(whole)) = (encoded.frames.as_mut_slice(), &encoded.whole) else {
             return Err(Error::internal(format!(
                 "codec {} made {} frames of tensor `{}`: its form takes one",
                 codec.id(),
@@ -320,40 +318,19 @@ fn write_safetensors<W: Write>(
         let checksum = whole.checksum.ok_or_else(|| {
             Error::internal(format!("codec {} gave no checksum, which its form needs", codec.id()))
         })?;
-        write(&mut spool, payload)?;
         payloads.push(TensorMeta::new(meta.name(), DType::U8, [payload.len()])?);
+        spool.push(std::mem::take(payload))?;
         checksums.insert(meta.name().to_owned(), checksum.to_string());
         add(&mut tally, meta, whole);
         Ok(())
     })?;
     write(out, &Header::encode(&payloads, &checksums)?)?;
-    spool.seek(SeekFrom::Start(0)).map_err(unspooled)?;
-    copy(&mut spool, out)?;
+    spool.write_to(out)?;
     Ok(tally.summary(current.tensors()))
 }
 
 fn add(tally: &mut Tally, meta: &TensorMeta, whole: &Summary) {
     tally.add(meta, whole.digest, whole.parent_digest, whole.changed);
-}
-
-/// As `std::io::copy`, but an error says which side failed.
-fn copy(from: &mut impl Read, out: &mut impl Write) -> Result<()> {
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let count = from.read(&mut buffer).map_err(unspooled)?;
-        match buffer.get(..count) {
-            None | Some([]) => return Ok(()),
-            Some(part) => write(out, part)?,
-        }
-    }
-}
-
-pub(crate) fn write(out: &mut impl Write, bytes: &[u8]) -> Result<()> {
-    out.write_all(bytes).map_err(|error| io_error(error, "an encoded file could not be written"))
-}
-
-fn unspooled(error: std::io::Error) -> Error {
-    io_error(error, "a temporary file could not be read back")
 }
 
 struct Counted<'a, W> {

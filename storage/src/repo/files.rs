@@ -16,8 +16,8 @@ use towline_core::{
 };
 
 use super::ops::Ops;
-use crate::io::blocking;
-use crate::shard::{ShardSummary, Tally, write, write_shard};
+use crate::io::{blocking, write};
+use crate::shard::{ShardSummary, Tally, write_shard};
 
 /// The file that says which file holds which tensor.
 pub(super) const INDEX: &str = "model.safetensors.index.json";

@@ -2,12 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Seek as _, SeekFrom, Write as _};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::thread;
 
 use serde_json::json;
-use tempfile::{SpooledTempFile, spooled_tempfile};
 use towline_core::safetensors::Header;
 use towline_core::{DType, Error, Result, TensorMeta, TensorSource, same_tensors};
 
@@ -17,9 +16,7 @@ use super::{
     digits, directory_name, payload,
 };
 use crate::folder::{NewFolder, unwritten};
-
-/// Encoded bytes above which a file whose header comes first waits on disk instead of in memory.
-const SPOOL: usize = 32 << 20;
+use crate::spool::Spool;
 
 /// How a directory is written.
 #[derive(Debug, Clone)]
@@ -158,7 +155,7 @@ pub fn write_delta(
             if !open.metas.is_empty() && open.bytes + frame.len() as u64 > shards.limit {
                 shards.close(std::mem::replace(&mut open, Shard::new()))?;
             }
-            open.push(meta.name(), &frame, checksum)?;
+            open.push(meta.name(), frame, checksum)?;
         }
     }
     shards.close(open)?;
@@ -226,7 +223,7 @@ fn encode_group(
 
 /// The frames of one file, whose header comes first and is known last.
 struct Shard {
-    frames: SpooledTempFile,
+    frames: Spool,
     metas: Vec<TensorMeta>,
     checksums: BTreeMap<String, String>,
     bytes: u64,
@@ -234,17 +231,14 @@ struct Shard {
 
 impl Shard {
     fn new() -> Self {
-        Self { frames: spooled_tempfile(SPOOL), metas: Vec::new(), checksums: BTreeMap::new(), bytes: 0 }
+        Self { frames: Spool::default(), metas: Vec::new(), checksums: BTreeMap::new(), bytes: 0 }
     }
 
-    fn push(&mut self, name: &str, frame: &[u8], checksum: String) -> Result<()> {
-        self.frames
-            .write_all(frame)
-            .map_err(|error| crate::io::io_error(error, "a temporary file could not be written"))?;
+    fn push(&mut self, name: &str, frame: Vec<u8>, checksum: String) -> Result<()> {
         self.metas.push(TensorMeta::new(name, DType::U8, [frame.len()])?);
         self.checksums.insert(name.to_owned(), checksum);
         self.bytes += frame.len() as u64;
-        Ok(())
+        self.frames.push(frame)
     }
 }
 
@@ -261,19 +255,16 @@ impl Shards<'_> {
         self.folder.join(format!("{number}.new"))
     }
 
-    fn close(&mut self, mut shard: Shard) -> Result<()> {
+    fn close(&mut self, shard: Shard) -> Result<()> {
         if shard.metas.is_empty() {
             return Ok(());
         }
         let header = Header::encode(&shard.metas, &shard.checksums)?;
         let path = self.unnamed(self.done.len());
-        let written = File::create_new(&path).and_then(|mut file| {
-            file.write_all(&header)?;
-            shard.frames.seek(SeekFrom::Start(0))?;
-            io::copy(&mut shard.frames, &mut file)?;
-            file.sync_all()
-        });
-        written.map_err(|error| unwritten(error, &path))?;
+        let mut file = File::create_new(&path).map_err(|error| unwritten(error, &path))?;
+        file.write_all(&header).map_err(|error| unwritten(error, &path))?;
+        shard.frames.write_to(&mut file).map_err(|error| error.context(path.display()))?;
+        file.sync_all().map_err(|error| unwritten(error, &path))?;
         self.bytes += header.len() as u64 + shard.bytes;
         self.done.push(shard.metas);
         Ok(())
