@@ -98,43 +98,99 @@ impl Code {
 
     /// Encodes `literals`, which all have codes, as one stream. The number of bytes, or `None` if they do not fit.
     pub(super) fn encode(&self, literals: &[u8], buffer: &mut [u8]) -> Option<usize> {
-        // New bits enter at the top. The lengths in the lowest bits of the codes are never written: at most 52 bits
-        // are held. Only the lowest byte of `bits` counts.
-        let (mut held, mut bits, mut at) = (0u64, 0u64, 0);
-        let put = |held: &mut u64, bits: &mut u64, literal: u8| {
-            let code = self.codes[usize::from(literal)];
-            *held = *held >> (code & 63) | code;
-            *bits = bits.wrapping_add(code);
-        };
-        let (head, groups) = literals.as_rchunks::<4>();
-        for group in groups.iter().rev() {
-            group.iter().rev().for_each(|&literal| put(&mut held, &mut bits, literal));
-            bits &= 0xff;
-            buffer.get_mut(at..at + 8)?.copy_from_slice(&(held >> ((64 - bits) & 63)).to_le_bytes());
-            at += usize::try_from(bits / 8).ok()?;
-            bits &= 7;
-        }
-        head.iter().rev().for_each(|&literal| put(&mut held, &mut bits, literal));
-        // One bit marks where the stream begins, which is read from its end.
-        held = held >> 1 | 1 << 63;
-        bits = (bits & 0xff) + 1;
-        buffer.get_mut(at..at + 8)?.copy_from_slice(&(held >> ((64 - bits) & 63)).to_le_bytes());
-        Some(at + usize::try_from(bits.div_ceil(8)).ok()?)
+        let (head, groups) = literals.as_rchunks();
+        let mut stream = Stream::new(self, buffer);
+        groups.iter().rev().try_for_each(|group| stream.put(group))?;
+        stream.end(head)
     }
 
     /// Encodes `literals` as four streams behind their jump table.
     pub(super) fn encode_four(&self, literals: &[u8], buffer: &mut [u8]) -> Option<usize> {
         let (jumps, body) = buffer.split_first_chunk_mut::<6>()?;
-        let mut at = 0;
-        let mut streams = literals.chunks(literals.len().div_ceil(4).max(1));
-        for index in 0..4 {
-            let length = self.encode(streams.next().unwrap_or_default(), body.get_mut(at..)?)?;
-            if let Some(jump) = jumps.as_chunks_mut::<2>().0.get_mut(index) {
-                *jump = u16::try_from(length).ok()?.to_le_bytes();
+        let quarter = literals.len().div_ceil(4).max(1);
+        // Each has room for the longest codes until it is known how long it becomes.
+        let room = quarter * MAX_BITS as usize / 8 + 16;
+        let (mut at, mut from) = (0, 0);
+        for (index, half) in literals.chunks(2 * quarter).enumerate() {
+            let (first, second) = half.split_at(quarter.min(half.len()));
+            let (here, there) = body.get_mut(from..from + 2 * room)?.split_at_mut(room);
+            let lengths = self.encode_two([first, second], [here, there])?;
+            for (stream, length) in lengths.into_iter().enumerate() {
+                if let Some(jump) = jumps.as_chunks_mut::<2>().0.get_mut(2 * index + stream) {
+                    *jump = u16::try_from(length).ok()?.to_le_bytes();
+                }
+                body.copy_within(from..from + length, at);
+                at += length;
+                from += room;
             }
-            at += length;
         }
         Some(6 + at)
+    }
+
+    /// Encodes two streams side by side, because none has to wait for the other. Returns their lengths.
+    fn encode_two(&self, literals: [&[u8]; 2], buffers: [&mut [u8]; 2]) -> Option<[usize; 2]> {
+        let [(first_head, firsts), (second_head, seconds)] = literals.map(<[u8]>::as_rchunks);
+        let [mut first, mut second] = buffers.map(|buffer| Stream::new(self, buffer));
+        // The second may be shorter.
+        let (more, firsts) = firsts.split_at(firsts.len().saturating_sub(seconds.len()));
+        for (one, other) in firsts.iter().rev().zip(seconds.iter().rev()) {
+            first.put(one)?;
+            second.put(other)?;
+        }
+        more.iter().rev().try_for_each(|group| first.put(group))?;
+        Some([first.end(first_head)?, second.end(second_head)?])
+    }
+}
+
+/// A stream that is being written, its last literal first.
+struct Stream<'a> {
+    codes: &'a [u64; 256],
+    buffer: &'a mut [u8],
+    /// New bits enter at the top. The lengths in the lowest bits of the codes are never written: at most 52 bits are held.
+    held: u64,
+    /// How many of them are not written; only the lowest byte counts.
+    bits: u64,
+    /// How many bytes are written.
+    at: usize,
+}
+
+impl<'a> Stream<'a> {
+    fn new(code: &'a Code, buffer: &'a mut [u8]) -> Self {
+        Self { codes: &code.codes, buffer, held: 0, bits: 0, at: 0 }
+    }
+
+    #[inline(always)]
+    fn add(&mut self, literal: u8) {
+        let code = self.codes[usize::from(literal)];
+        self.held = self.held >> (code & 63) | code;
+        self.bits = self.bits.wrapping_add(code);
+    }
+
+    /// Writes the bytes that are whole. `None` without room for 8.
+    #[inline(always)]
+    fn flush(&mut self) -> Option<()> {
+        self.bits &= 0xff;
+        let word = self.held >> ((64 - self.bits) & 63);
+        *self.buffer.get_mut(self.at..)?.first_chunk_mut()? = word.to_le_bytes();
+        self.at += (self.bits / 8) as usize;
+        self.bits &= 7;
+        Some(())
+    }
+
+    #[inline(always)]
+    fn put(&mut self, group: &[u8; 4]) -> Option<()> {
+        group.iter().rev().for_each(|&literal| self.add(literal));
+        self.flush()
+    }
+
+    /// Ends with up to 3 literals and the bit that marks where the stream begins, which is read from its end. Returns its
+    /// length.
+    fn end(mut self, head: &[u8]) -> Option<usize> {
+        head.iter().rev().for_each(|&literal| self.add(literal));
+        self.held = self.held >> 1 | 1 << 63;
+        self.bits = self.bits.wrapping_add(1);
+        self.flush()?;
+        Some(self.at + usize::from(self.bits > 0))
     }
 }
 

@@ -8,6 +8,9 @@ use super::parts::{Parts, Sequence};
 
 /// Below this many literals one stream is smaller than four.
 const FOUR_STREAMS: usize = 256;
+/// From so many literals on one in [`COUNTED`] is counted.
+const MANY: usize = 64 << 10;
+const COUNTED: u32 = 4;
 /// How many bytes a new table must save to be worth its time.
 const WORTH: u64 = 4;
 
@@ -44,7 +47,11 @@ impl Parts {
 
     fn pack_literals(&self, tables: &Tables, new: &mut Tables, buffer: &mut [u8]) -> Option<usize> {
         let literals = self.literals.get(..self.count as usize)?;
-        let counts = count(literals);
+        let mut counts = count_some(literals);
+        // A part may not show them all.
+        if counts.iter().filter(|count| **count > 1).count() == 1 {
+            counts = count(literals);
+        }
         if let Some(first) = literals.first()
             && literals.len() > 1
             && counts[usize::from(*first)] as usize == literals.len()
@@ -166,6 +173,16 @@ fn plain_head(kind: u32, length: usize, buffer: &mut [u8]) -> Option<usize> {
     };
     buffer.get_mut(..bytes)?.copy_from_slice(head.to_le_bytes().get(..bytes)?);
     Some(bytes)
+}
+
+/// How often each byte occurs; of many bytes about, from a part of them, as if each occurred.
+fn count_some(literals: &[u8]) -> Counts {
+    if literals.len() < MANY {
+        return count(literals);
+    }
+    let (stretches, _) = literals.as_chunks::<64>();
+    let some: Vec<[u8; 64]> = stretches.iter().step_by(COUNTED as usize).copied().collect();
+    count(some.as_flattened()).map(|count| (count * COUNTED).max(1))
 }
 
 /// Literals by their frequency.

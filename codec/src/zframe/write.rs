@@ -19,7 +19,7 @@ const MIN_CUT: usize = 2 << 10;
 /// The buffers of writers that are done: most frames are so small that making buffers would show.
 static SPARE: Spare<Buffers> = Spare::new();
 
-/// Appends one frame to `out`. Holds at most 0.8 MiB besides.
+/// Appends one frame to `out`. Holds at most 0.9 MiB besides.
 pub(crate) struct Writer<'a> {
     out: &'a mut Vec<u8>,
     content: usize,
@@ -37,8 +37,8 @@ struct Buffers {
 
 impl Default for Buffers {
     fn default() -> Self {
-        // The entropy coders write 8 bytes at a time.
-        Self { pending: Vec::new(), parts: Parts::new(BLOCK), scratch: vec![0; BLOCK + 8] }
+        // Streams of literals have room for the longest codes.
+        Self { pending: Vec::new(), parts: Parts::new(BLOCK), scratch: vec![0; 2 * BLOCK] }
     }
 }
 
