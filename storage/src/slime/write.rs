@@ -263,7 +263,10 @@ impl Shards<'_> {
         let path = self.unnamed(self.done.len());
         let mut file = File::create_new(&path).map_err(|error| unwritten(error, &path))?;
         file.write_all(&header).map_err(|error| unwritten(error, &path))?;
-        shard.frames.write_to(&mut file).map_err(|error| error.context(path.display()))?;
+        shard
+            .frames
+            .write_to(&mut file)
+            .map_err(|error| error.context(format_args!("`{}`", path.display())))?;
         file.sync_all().map_err(|error| unwritten(error, &path))?;
         self.bytes += header.len() as u64 + shard.bytes;
         self.done.push(shard.metas);
