@@ -57,6 +57,7 @@ mod lz4;
 mod octave;
 mod raw;
 mod spare;
+mod tally;
 mod xor;
 mod xxh3;
 #[cfg(feature = "zstd")]

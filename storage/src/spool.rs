@@ -1,7 +1,7 @@
 //! Frames of a file whose header comes first and is known last.
 
 use std::fs::File;
-use std::io::{Read, Seek as _, SeekFrom, Write};
+use std::io::{ErrorKind, Read, Seek as _, SeekFrom, Write};
 
 use tempfile::tempfile;
 use towline_core::Result;
@@ -49,7 +49,10 @@ impl Spool {
         file.seek(SeekFrom::Start(0)).map_err(unread)?;
         let mut buffer = vec![0; 1 << 20];
         loop {
-            let count = file.read(&mut buffer).map_err(unread)?;
+            let count = match file.read(&mut buffer) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                count => count.map_err(unread)?,
+            };
             match buffer.get(..count) {
                 None | Some([]) => return Ok(()),
                 Some(part) => write(out, part)?,

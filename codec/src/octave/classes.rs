@@ -6,7 +6,8 @@
 use towline_core::Result;
 
 use super::bits::{BitReader, BitWriter};
-use super::simd::{ByteCounts, Instructions, Isa, Kernel, prefetch};
+use super::simd::{Instructions, Isa, Kernel, prefetch};
+use crate::tally::{Counts, Tally};
 
 /// The most classes of a block.
 pub(super) const MAX: usize = 16;
@@ -214,22 +215,20 @@ impl Census {
 }
 
 /// How often each byte comes up.
-pub(super) fn tally<'a>(level: Instructions, parts: impl Iterator<Item = &'a [u8]> + Clone) -> [u32; 256] {
-    level.run(Tally(parts))
+pub(super) fn tally<'a>(level: Instructions, parts: impl Iterator<Item = &'a [u8]> + Clone) -> Counts {
+    level.run(CountParts(parts))
 }
 
-struct Tally<P>(P);
+struct CountParts<P>(P);
 
-impl<'a, P: Iterator<Item = &'a [u8]> + Clone> Kernel for Tally<P> {
-    type Output = [u32; 256];
+impl<'a, P: Iterator<Item = &'a [u8]> + Clone> Kernel for CountParts<P> {
+    type Output = Counts;
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) -> [u32; 256] {
-        let mut tally = ByteCounts::default();
+    fn run<I: Isa>(self, isa: I) -> Counts {
+        let mut tally = Tally::default();
         isa.tally(self.0, &mut tally);
-        let ByteCounts([sums, more @ ..]) = &mut tally;
-        more.iter().for_each(|table| sums.iter_mut().zip(table).for_each(|(sum, count)| *sum += count));
-        *sums
+        tally.counts()
     }
 }
 

@@ -2,31 +2,16 @@
 
 use super::bits::BitWriter;
 use super::fse::{Distribution, Encoder};
+use crate::tally::{Counts, Tally};
 
 /// The longest code that literals may have.
 const MAX_BITS: u32 = 11;
 
-/// How often each byte occurs.
-pub(crate) type Counts = [u32; 256];
-
 /// Counts the bytes.
 pub(crate) fn count(bytes: &[u8]) -> Counts {
-    // Eight tables: one byte after another in one table would wait for the increment of its like.
-    let mut tables = [[0u32; 256]; 8];
-    let (words, rest) = bytes.as_chunks::<8>();
-    for word in words {
-        for (table, &byte) in tables.iter_mut().zip(word) {
-            table[usize::from(byte)] += 1;
-        }
-    }
-    let [mut counts, others @ ..] = tables;
-    for &byte in rest {
-        counts[usize::from(byte)] += 1;
-    }
-    for other in others {
-        counts.iter_mut().zip(other).for_each(|(sum, count)| *sum += count);
-    }
-    counts
+    let mut tally = Tally::default();
+    tally.add(bytes);
+    tally.counts()
 }
 
 /// A code for bytes.

@@ -3,8 +3,9 @@
 use super::bits::BitWriter;
 use super::codes::{LITERAL_DEFAULT, MATCH_DEFAULT, MIN_MATCH, literal_code, match_code};
 use super::fse::{BIT, Distribution, Encoder, State};
-use super::huffman::{Code, Counts, count};
+use super::huffman::{Code, count};
 use super::parts::{Parts, Sequence};
+use crate::tally::{Counts, Tally};
 
 /// Below this many literals one stream is smaller than four.
 const FOUR_STREAMS: usize = 256;
@@ -47,11 +48,7 @@ impl Parts {
 
     fn pack_literals(&self, tables: &Tables, new: &mut Tables, buffer: &mut [u8]) -> Option<usize> {
         let literals = self.literals.get(..self.count as usize)?;
-        let mut counts = count_some(literals);
-        // A part may not show them all.
-        if counts.iter().filter(|count| **count > 1).count() == 1 {
-            counts = count(literals);
-        }
+        let counts = count_some(literals);
         if let Some(first) = literals.first()
             && literals.len() > 1
             && counts[usize::from(*first)] as usize == literals.len()
@@ -175,14 +172,19 @@ fn plain_head(kind: u32, length: usize, buffer: &mut [u8]) -> Option<usize> {
     Some(bytes)
 }
 
-/// How often each byte occurs; of many bytes about, from a part of them, as if each occurred.
+/// How often each byte occurs; of many bytes about, from a part of them, as if each occurred, unless that shows one alone.
 fn count_some(literals: &[u8]) -> Counts {
     if literals.len() < MANY {
         return count(literals);
     }
-    let (stretches, _) = literals.as_chunks::<64>();
-    let some: Vec<[u8; 64]> = stretches.iter().step_by(COUNTED as usize).copied().collect();
-    count(some.as_flattened()).map(|count| (count * COUNTED).max(1))
+    let mut tally = Tally::default();
+    let stretches = literals.as_chunks::<64>().0;
+    stretches.iter().step_by(COUNTED as usize).for_each(|stretch| tally.add(stretch));
+    let counts = tally.counts();
+    if counts.iter().filter(|count| **count > 0).count() == 1 {
+        return count(literals);
+    }
+    counts.map(|count| (count * COUNTED).max(1))
 }
 
 /// Literals by their frequency.

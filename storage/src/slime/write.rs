@@ -261,13 +261,12 @@ impl Shards<'_> {
         }
         let header = Header::encode(&shard.metas, &shard.checksums)?;
         let path = self.unnamed(self.done.len());
-        let mut file = File::create_new(&path).map_err(|error| unwritten(error, &path))?;
-        file.write_all(&header).map_err(|error| unwritten(error, &path))?;
-        shard
-            .frames
-            .write_to(&mut file)
-            .map_err(|error| error.context(format_args!("`{}`", path.display())))?;
-        file.sync_all().map_err(|error| unwritten(error, &path))?;
+        let failed = |error| unwritten(error, &path);
+        let mut file = File::create_new(&path).map_err(failed)?;
+        file.write_all(&header).map_err(failed)?;
+        let frames = shard.frames.write_to(&mut file);
+        frames.map_err(|error| error.context(format_args!("`{}`", path.display())))?;
+        file.sync_all().map_err(failed)?;
         self.bytes += header.len() as u64 + shard.bytes;
         self.done.push(shard.metas);
         Ok(())

@@ -16,6 +16,7 @@ mod x86;
 use super::classes::{Classes, MAX};
 use super::elem::Elem;
 use super::rans::{EncodeTable, LANES};
+use crate::tally::Tally;
 use crate::xxh3::{BLOCK, Lanes, STRIPE};
 
 /// The elements that are ranked at once.
@@ -65,32 +66,6 @@ impl ClassCounts {
     /// Forgets the tiles before.
     pub(super) fn begin(&mut self) {
         self.all = [0; MAX];
-    }
-}
-
-/// How often each byte comes up: the sums of several tables, because equal bytes come in a row and one count would wait
-/// for the other.
-#[derive(Debug)]
-pub(super) struct ByteCounts(pub(super) [[u32; 256]; 8]);
-
-impl Default for ByteCounts {
-    fn default() -> Self {
-        Self([[0; 256]; 8])
-    }
-}
-
-impl ByteCounts {
-    #[inline(always)]
-    fn add(&mut self, bytes: &[u8]) {
-        let (eights, rest) = bytes.as_chunks::<8>();
-        for eight in eights {
-            let mut eight = u64::from_le_bytes(*eight);
-            for table in &mut self.0 {
-                table[(eight & 0xff) as usize] += 1;
-                eight >>= 8;
-            }
-        }
-        rest.iter().for_each(|&byte| self.0[0][usize::from(byte)] += 1);
     }
 }
 
@@ -292,8 +267,8 @@ pub(super) trait Isa: Copy {
 
     /// Counts the bytes of `parts`.
     #[inline(always)]
-    fn tally<'a>(self, parts: impl Iterator<Item = &'a [u8]> + Clone, counts: &mut ByteCounts) {
-        parts.for_each(|part| counts.add(part));
+    fn tally<'a>(self, parts: impl Iterator<Item = &'a [u8]> + Clone, tally: &mut Tally) {
+        parts.for_each(|part| tally.add(part));
     }
 
     /// Counts the keys of the next tile by class.

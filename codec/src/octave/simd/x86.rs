@@ -9,9 +9,8 @@ use std::arch::x86_64::*;
 use super::super::classes::Classes;
 use super::super::elem::Elem;
 use super::super::rans::{CHANCE_BITS, EncodeTable, LOWEST, TOTAL};
-use super::{
-    ByteCounts, ClassCounts, Counts, Isa, LANES, MAX, MOST_LISTED, TILE, WORDS, compare_each, keys_each, slot,
-};
+use super::{ClassCounts, Counts, Isa, LANES, MAX, MOST_LISTED, TILE, WORDS, compare_each, keys_each, slot};
+use crate::tally::Tally;
 use crate::xxh3::{BLOCK, Lanes, STRIPE};
 use masks::{LookUp, Narrow, Wide};
 use tables::{BYTE_NUMBERS, EVEN_BYTES};
@@ -298,8 +297,8 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
-    fn tally<'a>(self, parts: impl Iterator<Item = &'a [u8]> + Clone, counts: &mut ByteCounts) {
-        self.tally_of(parts, counts);
+    fn tally<'a>(self, parts: impl Iterator<Item = &'a [u8]> + Clone, tally: &mut Tally) {
+        self.tally_of(parts, tally);
     }
 
     #[inline(always)]

@@ -2,9 +2,10 @@
 
 use std::arch::x86_64::*;
 
-use super::super::{ByteCounts, ClassCounts, TILE, WORDS};
+use super::super::{ClassCounts, TILE, WORDS};
 use super::tables::{EIGHTS_OF_BITS, EVEN_BITS, LAST_FIRST, ODD_BITS, PLANES, TURNED, UNIT_VECTORS};
 use super::{Avx512, Classes, MAX};
+use crate::tally::Tally;
 
 /// Bytes that are less than this above the first one are counted many at once.
 const NEAR: u8 = 64;
@@ -183,7 +184,7 @@ impl Avx512 {
 
     /// As [`Isa::tally`].
     #[inline(always)]
-    pub(super) fn tally_of<'a>(self, parts: impl Iterator<Item = &'a [u8]> + Clone, counts: &mut ByteCounts) {
+    pub(super) fn tally_of<'a>(self, parts: impl Iterator<Item = &'a [u8]> + Clone, tally: &mut Tally) {
         // The keys of weights lie close together.
         let largest = parts.clone().next().and_then(|part| part.iter().max()).copied().unwrap_or_default();
         // What is before the first one is not near it then: it wraps around.
@@ -193,19 +194,19 @@ impl Avx512 {
             let mut sums = [_mm512_setzero_si512(); NEAR as usize / 8];
             for part in parts {
                 let Some(bytes) = part.as_array::<64>() else {
-                    counts.add(part);
+                    tally.add(part);
                     continue;
                 };
                 let bytes = _mm512_loadu_si512(bytes.as_ptr().cast());
                 let from_first = _mm512_sub_epi8(bytes, _mm512_set1_epi8(first.cast_signed()));
                 let near = _mm512_cmplt_epu8_mask(from_first, _mm512_set1_epi8(NEAR.cast_signed()));
                 if near.count_zeros() > 8 {
-                    counts.add(part);
+                    tally.add(part);
                     continue;
                 }
                 let mut far = !near;
                 while far != 0 {
-                    counts.add(&part[far.trailing_zeros() as usize..][..1]);
+                    tally.add(&part[far.trailing_zeros() as usize..][..1]);
                     far &= far - 1;
                 }
                 for (sum, bits) in sums.iter_mut().zip(&EIGHTS_OF_BITS) {
@@ -218,9 +219,7 @@ impl Avx512 {
             for (eight, sum) in near.as_chunks_mut::<8>().0.iter_mut().zip(sums) {
                 _mm512_storeu_si512(eight.as_mut_ptr().cast(), sum);
             }
-            for (count, sum) in counts.0[0][usize::from(first)..].iter_mut().zip(near) {
-                *count += sum as u32;
-            }
+            tally.add_counts(first, near.map(|sum| sum as u32));
         }
     }
 
