@@ -8,6 +8,7 @@ mod pack;
 mod parts;
 mod read_bits;
 mod runs;
+mod sequences;
 mod unpack;
 mod write;
 
@@ -296,6 +297,41 @@ mod tests {
             }
         }
         assert!(understood > 1000 && refused > 1000, "{understood} {refused}");
+    }
+
+    #[test]
+    fn a_damaged_block_leaves_those_before_it_right() {
+        // Two blocks of many sequences each, which are decoded side by side.
+        let mut noise = Noise(5);
+        let mut content = vec![0; 2 * BLOCK];
+        let mut at = 0;
+        while at < content.len() {
+            content[at] = 1 + noise.below(5) as u8;
+            at += 7 + noise.below(60);
+        }
+        let frame = written(&content);
+        // The header of a frame of the first block alone is 5 bytes shorter.
+        let first = written(&content[..BLOCK]).len() + 5;
+        let (mut refused, mut understood) = (0, 0);
+        for _ in 0..3000 {
+            let mut damaged = frame.clone();
+            let at = noise.below(frame.len() - first) + first;
+            damaged[at] ^= 1 << noise.below(8);
+            let mut target = vec![0; content.len()];
+            let mut seen = 0;
+            match runs::xor(&damaged, &mut target, &mut |bytes| seen += bytes.len()) {
+                Ok(()) => {
+                    understood += 1;
+                    assert!(zstd::bulk::decompress(&damaged, content.len()).is_ok_and(|read| read == target));
+                }
+                Err(done) => {
+                    refused += 1;
+                    assert!(seen >= BLOCK && done >= seen, "{at}: {seen}, {done}");
+                }
+            }
+            assert!(target[..BLOCK] == content[..BLOCK], "{at} of {}", frame.len());
+        }
+        assert!(refused > 100 && understood > 100, "{refused} {understood}");
     }
 
     #[test]

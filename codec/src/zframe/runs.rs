@@ -3,44 +3,55 @@
 //! A general decoder first writes out the mask, most of which is zero. This one knows matches at distance one only,
 //! which is what a writer of runs makes. Whatever else it meets ends it, and the library takes over from there.
 
+use std::sync::Arc;
+
 use super::codes::{LITERAL_DEFAULT, MATCH_DEFAULT, MIN_MATCH, lengths};
 use super::fse::Distribution;
-use super::read_bits::BackwardBits;
+use super::parts::Sequence;
+use super::sequences::Sequences;
 use super::unpack::{Literals, States};
 use super::write::BLOCK;
 use crate::octave::prefetch;
+use crate::spare::Spare;
 use crate::xor::xor_into;
 
 /// Literals are read so many at a time.
 const SLACK: usize = 16;
-/// From so many sequences on their lengths are too different to be guessed.
-const MANY: usize = 2048;
-/// Above so many bytes such a block is XORed; twice as many still fit the nearest cache.
+/// Sequences are decoded so many at a time.
+const BATCH: usize = 128;
+/// Blocks of so many sequences are decoded two at a time. Fewer take less time than the target does to come.
+const MANY: usize = 1024;
+/// Sequences of so many bytes together are XORed together; twice as many bytes still fit the nearest cache.
 const WINDOW: usize = 8 << 10;
 /// How far ahead of a sequence the target is fetched, and how much of it at a time: little enough that the processor
 /// need not wait before it can ask for more.
 const AHEAD: usize = 4 << 10;
 const LINES: usize = 512;
 
+/// The buffers of readers that are done: most frames are so small that making buffers would show.
+static SPARE: Spare<Buffers> = Spare::new();
+
 /// XORs the content of `frame`, a whole frame that says that it holds as many bytes as `target`, into `target`. An
-/// error says how many bytes are ready, because the rest was not understood. At most 0.2 MiB are held.
+/// error says how many bytes are ready, because the rest was not understood. At most 0.8 MiB are held.
 /// Each block is handed to `written` when it is done.
 pub(super) fn xor(frame: &[u8], target: &mut [u8], written: &mut dyn FnMut(&[u8])) -> Result<(), usize> {
+    let mut buffers = SPARE.take();
+    // A frame that failed may have left something.
+    buffers.mask.fill(0);
     let mut reader = Reader {
         target,
         written,
         done: 0,
-        literals: Vec::new(),
         huffman: None,
         literal_states: None,
         run_states: None,
         near: false,
-        mask: Vec::new(),
+        buffers: &mut buffers,
     };
-    match reader.frame(frame) {
-        Some(()) if reader.done == reader.target.len() => Ok(()),
-        _ => Err(reader.done),
-    }
+    let read = reader.frame(frame);
+    let (done, whole) = (reader.done, reader.done == reader.target.len());
+    SPARE.put(buffers);
+    if read.is_some() && whole { Ok(()) } else { Err(done) }
 }
 
 struct Reader<'a> {
@@ -48,14 +59,79 @@ struct Reader<'a> {
     written: &'a mut dyn FnMut(&[u8]),
     /// How many bytes of the target are ready.
     done: usize,
-    literals: Vec<u8>,
     huffman: Option<Box<Literals>>,
-    literal_states: Option<Box<States>>,
-    run_states: Option<Box<States>>,
+    literal_states: Option<Arc<States>>,
+    run_states: Option<Arc<States>>,
     /// Whether the offsets of the block before were all the one that is used last.
     near: bool,
-    /// For blocks of many sequences.
-    mask: Vec<u8>,
+    buffers: &'a mut Buffers,
+}
+
+/// What a reader needs besides its target.
+struct Buffers {
+    mask: Box<[u8; WINDOW + SLACK]>,
+    literals: Vec<Vec<u8>>,
+    lists: Vec<Vec<Sequence>>,
+}
+
+impl Default for Buffers {
+    fn default() -> Self {
+        Self { mask: Box::new([0; WINDOW + SLACK]), literals: Vec::new(), lists: Vec::new() }
+    }
+}
+
+/// A block of a frame.
+#[derive(Clone, Copy)]
+struct Block<'b> {
+    /// 0: stored, 1: one byte many times, 2: packed.
+    kind: u32,
+    /// What its header says.
+    size: usize,
+    last: bool,
+    bytes: &'b [u8],
+    /// The frame up to its end.
+    frame: &'b [u8],
+}
+
+impl<'b> Block<'b> {
+    /// The block at `at`.
+    fn read(frame: &'b [u8], at: usize) -> Option<Self> {
+        let &[low, middle, high] = frame.get(at..)?.first_chunk()?;
+        let head = u32::from_le_bytes([low, middle, high, 0]);
+        let (kind, size) = (head >> 1 & 3, (head >> 3) as usize);
+        let stored = if kind == 1 { 1 } else { size };
+        let frame = frame.get(..at + 3 + stored)?;
+        Some(Self { kind, size, last: head & 1 == 1, bytes: frame.get(at + 3..)?, frame })
+    }
+}
+
+/// A packed block whose literals are decoded.
+struct Packed<'b> {
+    /// The first `count` are the block's, of at least [`SLACK`] more.
+    literals: Vec<u8>,
+    count: usize,
+    /// Its first sequences.
+    list: Vec<Sequence>,
+    /// Those behind them.
+    rest: Option<Sequences<'b>>,
+}
+
+impl Packed<'_> {
+    fn has_many(&self) -> bool {
+        self.rest.as_ref().is_some_and(|rest| rest.len() >= MANY)
+    }
+
+    /// Decodes the sequences of two blocks side by side. If either is damaged, none of them.
+    fn decode_both(one: &mut Self, other: &mut Self) {
+        if let (Some(rest), Some(other_rest)) = (&mut one.rest, &mut other.rest) {
+            let before = (rest.clone(), other_rest.clone());
+            if Sequences::fill_both(rest, other_rest, [&mut one.list, &mut other.list]).is_none() {
+                (*rest, *other_rest) = before;
+                one.list.clear();
+                other.list.clear();
+            }
+        }
+    }
 }
 
 impl Reader<'_> {
@@ -72,32 +148,43 @@ impl Reader<'_> {
         if descriptor & 0x1f != 0 {
             return None;
         }
-        let mut rest = frame.get(5 + usize::from(1 - single) + size..)?;
+        let mut at = 5 + usize::from(1 - single) + size;
         loop {
-            let (&[low, middle, high], behind) = rest.split_first_chunk::<3>()?;
-            let head = u32::from_le_bytes([low, middle, high, 0]);
-            let size = (head >> 3) as usize;
-            let stored = if head >> 1 & 3 == 1 { 1 } else { size };
-            let (block, behind) = behind.split_at_checked(stored)?;
-            rest = behind;
-            let start = self.done;
-            match head >> 1 & 3 {
-                0 => self.literal(block)?,
-                1 if size <= BLOCK => self.run(size, *block.first()?)?,
-                2 => self.block(block)?,
+            let mut block = Block::read(frame, at)?;
+            match block.kind {
+                0 => self.literal(block.bytes)?,
+                1 if block.size <= BLOCK => self.run(block.size, *block.bytes.first()?)?,
+                2 => block = self.packed(frame, block)?,
                 _ => return None,
             }
-            (self.written)(self.target.get(start..self.done)?);
-            if head & 1 == 1 {
+            if block.last {
                 return Some(());
             }
+            at = block.frame.len();
         }
+    }
+
+    /// Carries out a packed block, and the one behind it if both have many sequences. Returns the last one.
+    fn packed<'b>(&mut self, frame: &'b [u8], block: Block<'b>) -> Option<Block<'b>> {
+        let mut first = self.open(block)?;
+        let next = if block.last || !first.has_many() { None } else { Block::read(frame, block.frame.len()) };
+        // What cannot be opened is met again when its turn comes.
+        let mut second = next.filter(|next| next.kind == 2).and_then(|next| Some((next, self.open(next)?)));
+        if let Some((_, second)) = second.as_mut().filter(|(_, second)| second.has_many()) {
+            Packed::decode_both(&mut first, second);
+        }
+        self.carry_out(first)?;
+        let Some((next, second)) = second else { return Some(block) };
+        self.carry_out(second)?;
+        Some(next)
     }
 
     /// XORs bytes.
     fn literal(&mut self, bytes: &[u8]) -> Option<()> {
-        xor_into(self.target.get_mut(self.done..self.done + bytes.len())?, bytes);
+        let place = self.target.get_mut(self.done..self.done + bytes.len())?;
+        xor_into(place, bytes);
         self.done += bytes.len();
+        (self.written)(place);
         Some(())
     }
 
@@ -108,24 +195,52 @@ impl Reader<'_> {
             xor_all(place, byte);
         }
         self.done += length;
+        (self.written)(place);
         Some(())
     }
 
-    fn block(&mut self, block: &[u8]) -> Option<()> {
-        let mut literals = std::mem::take(&mut self.literals);
-        let rest = self.read_literals(block, &mut literals)?;
-        let left = self.sequences(rest, &literals)?;
-        self.literal(literals.get(left..literals.len() - SLACK)?)?;
-        self.literals = literals;
+    /// Decodes the literals of a packed block, and what comes before its sequences.
+    fn open<'b>(&mut self, block: Block<'b>) -> Option<Packed<'b>> {
+        let mut literals = self.buffers.literals.pop().unwrap_or_default();
+        let mut list = self.buffers.lists.pop().unwrap_or_default();
+        list.clear();
+        let (count, section) = self.read_literals(block.bytes, &mut literals)?;
+        let rest = self.sequences(block.frame, section)?;
+        Some(Packed { literals, count, list, rest })
+    }
+
+    /// Carries out a packed block.
+    fn carry_out(&mut self, block: Packed<'_>) -> Option<()> {
+        let Packed { literals, count, list, mut rest } = block;
+        let start = self.done;
+        let mut place = Place {
+            target: self.target,
+            ahead: Ahead(self.done),
+            done: &mut self.done,
+            mask: &mut self.buffers.mask,
+            at: 0,
+            literals: literals.get(..count + SLACK)?,
+            room: BLOCK,
+        };
+        list.chunks(BATCH).try_for_each(|batch| place.put(batch))?;
+        let mut batch = [Sequence::default(); BATCH];
+        while let Some(rest) = rest.as_mut().filter(|rest| rest.len() > 0) {
+            let count = rest.fill(&mut batch)?;
+            place.put(batch.get(..count)?)?;
+        }
+        place.end()?;
+        (self.written)(self.target.get(start..self.done)?);
+        self.buffers.literals.push(literals);
+        self.buffers.lists.push(list);
         Some(())
     }
 
-    /// Reads the literals, and [`SLACK`] bytes more. Returns what is behind them.
-    fn read_literals<'b>(&mut self, block: &'b [u8], literals: &mut Vec<u8>) -> Option<&'b [u8]> {
+    /// Reads literals to the start of `literals`, where at least [`SLACK`] bytes more follow. Returns their number and what
+    /// is behind them.
+    fn read_literals<'b>(&mut self, block: &'b [u8], literals: &mut Vec<u8>) -> Option<(usize, &'b [u8])> {
         let head = block.iter().take(5).rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
         let (kind, format) = (head & 3, head >> 2 & 3);
         let field = |from: u32, bits: u32| usize::try_from(head >> from & ((1 << bits) - 1)).ok();
-        literals.clear();
         if kind < 2 {
             let (length, at) = match format {
                 0 | 2 => (field(3, 5)?, 1),
@@ -137,13 +252,13 @@ impl Reader<'_> {
             if length > BLOCK {
                 return None;
             }
+            let places = room(literals, length);
             if kind == 0 {
-                literals.extend_from_slice(now);
+                places.copy_from_slice(now);
             } else {
-                literals.resize(length, *now.first()?);
+                places.fill(*now.first()?);
             }
-            literals.resize(length + SLACK, 0);
-            return Some(rest);
+            return Some((length, rest));
         }
         let (bits, mut at) = match format {
             0 | 1 => (10, 3),
@@ -161,22 +276,21 @@ impl Reader<'_> {
             self.huffman = Some(huffman);
             at += described;
         }
-        literals.resize(length + SLACK, 0);
-        let places = literals.get_mut(..length)?;
         let huffman = self.huffman.as_ref()?;
+        let places = room(literals, length);
         if format == 0 {
             huffman.decode(streams.get(at..)?, places)?
         } else {
             huffman.decode_four(streams, at, places)?
         }
-        Some(rest)
+        Some((length, rest))
     }
 
-    /// Carries out the sequences. Returns how many literals they took.
-    fn sequences(&mut self, section: &[u8], literals: &[u8]) -> Option<usize> {
+    /// Reads what comes before the sequences, at the end of `frame`.
+    fn sequences<'b>(&mut self, frame: &'b [u8], section: &'b [u8]) -> Option<Option<Sequences<'b>>> {
         let (&first, rest) = section.split_first()?;
         let (number, rest) = match first {
-            0 => return rest.is_empty().then_some(0),
+            0 => return rest.is_empty().then_some(None),
             1..128 => (usize::from(first), rest),
             128..255 => {
                 let (&second, rest) = rest.split_first()?;
@@ -197,36 +311,8 @@ impl Reader<'_> {
         if modes & 3 != 0 {
             return None;
         }
-        let (Some(literal_states), Some(run_states)) = (self.literal_states.take(), self.run_states.take())
-        else {
-            return None;
-        };
-        let used = self.carry_out(number, rest, literals, &literal_states, &run_states)?;
-        (self.literal_states, self.run_states) = (Some(literal_states), Some(run_states));
-        Some(used)
-    }
-
-    fn carry_out(
-        &mut self,
-        number: usize,
-        stream: &[u8],
-        literals: &[u8],
-        literal_states: &States,
-        run_states: &States,
-    ) -> Option<usize> {
-        let bits = BackwardBits::new(stream)?;
-        let states = (literal_states, run_states);
-        let (target, done, ahead) = (&mut *self.target, self.done, Ahead(self.done));
-        let used;
-        (used, self.done) = if number < MANY {
-            let mut place = Sparse { target, done, ahead };
-            (carry_out(number, bits, literals, states, &mut place), place.done)
-        } else {
-            self.mask.resize(2 * WINDOW, 0);
-            let mut place = Dense { target, done, ahead, mask: &mut self.mask, at: 0 };
-            (carry_out(number, bits, literals, states, &mut place), place.done)
-        };
-        used
+        let (literals, runs) = (self.literal_states.clone()?, self.run_states.clone()?);
+        Sequences::new(number, frame, rest.len(), literals, runs).map(Some)
     }
 }
 
@@ -245,178 +331,159 @@ impl Ahead {
     }
 }
 
+/// The first `length` bytes of a buffer, which has at least [`SLACK`] more.
+fn room(buffer: &mut Vec<u8>, length: usize) -> &mut [u8] {
+    if buffer.len() < length + SLACK {
+        buffer.resize(length + SLACK, 0);
+    }
+    &mut buffer[..length]
+}
+
 /// XORs one byte into all.
 fn xor_all(target: &mut [u8], byte: u8) {
     target.iter_mut().for_each(|place| *place ^= byte);
 }
 
-/// Carries out sequences. Returns how many literals they took.
-#[inline]
-fn carry_out(
-    number: usize,
-    mut bits: BackwardBits<'_>,
-    literals: &[u8],
-    (literal_states, run_states): (&States, &States),
-    place: &mut impl Place,
-) -> Option<usize> {
-    let mut literal_state = literal_states.begin(&mut bits);
-    let mut run_state = run_states.begin(&mut bits);
-    let (mut used, mut room) = (0, BLOCK);
-    for left in (0..number).rev() {
-        bits.refill()?;
-        let (run_step, literal_step) = (run_states.step(run_state), literal_states.step(literal_state));
-        let run = run_step.value(&mut bits);
-        let length = literal_step.value(&mut bits);
-        if left > 0 {
-            literal_state = literal_step.next(&mut bits);
-            run_state = run_step.next(&mut bits);
-        }
-        room = room.checked_sub(length + run)?;
-        // Without literals the code would stand for another offset.
-        if length == 0 {
-            return None;
-        }
-        place.put(literals.get(used..)?, length, run)?;
-        used += length;
-    }
-    place.end()?;
-    bits.refill()?;
-    let rest = (literals.len() - SLACK).checked_sub(used)?;
-    (bits.is_done() && rest <= room).then_some(used)
-}
-
-/// What sequences are XORed into. How much of it is ready is right also after a `None`, which means that something is
-/// missing or does not fit.
-trait Place {
-    /// XORs the first `length` bytes of `literals`, one at least, then the last of them `run` times. More literals may be
-    /// read than that.
-    fn put(&mut self, literals: &[u8], length: usize, run: usize) -> Option<()>;
-
-    /// Makes ready what was put.
-    fn end(&mut self) -> Option<()>;
-}
-
-/// XORs bytes into the target where they belong.
-struct Sparse<'a> {
+/// What a block is XORed into.
+struct Place<'a> {
     target: &'a mut [u8],
-    done: usize,
-    ahead: Ahead,
-}
-
-impl Place for Sparse<'_> {
-    #[inline]
-    fn put(&mut self, literals: &[u8], length: usize, run: usize) -> Option<()> {
-        self.ahead.follow(self.target, self.done);
-        let place = self.target.get_mut(self.done..)?;
-        let last = match (place.first_chunk_mut::<8>(), literals.first_chunk::<8>()) {
-            (Some(place), Some(eight)) if length <= 8 => {
-                let above = 64 - 8 * length;
-                let mask = u64::from_le_bytes(*eight) << above;
-                *place = (u64::from_le_bytes(*place) ^ mask >> above).to_le_bytes();
-                mask.to_le_bytes()[7]
-            }
-            _ => {
-                let literals = literals.get(..length)?;
-                xor_into(place.get_mut(..length)?, literals);
-                *literals.last()?
-            }
-        };
-        self.done += length;
-        if last != 0 {
-            xor_all(self.target.get_mut(self.done..self.done + run)?, last);
-        }
-        self.done += run;
-        Some(())
-    }
-
-    fn end(&mut self) -> Option<()> {
-        (self.done <= self.target.len()).then_some(())
-    }
-}
-
-/// Writes the bytes side by side and XORs many of them at once: the processor cannot guess how many stand between two
-/// runs where there are many, and need not here.
-struct Dense<'a> {
-    target: &'a mut [u8],
-    done: usize,
+    /// How much of the target is ready, whatever fails.
+    done: &'a mut usize,
     ahead: Ahead,
     /// `at` bytes that come next, and zeros.
-    mask: &'a mut [u8],
+    mask: &'a mut [u8; WINDOW + SLACK],
     at: usize,
+    /// Those that are left, and [`SLACK`] bytes more.
+    literals: &'a [u8],
+    /// How many bytes the block may still have.
+    room: usize,
 }
 
-impl Dense<'_> {
-    fn flush(&mut self) -> Option<()> {
-        let place = self.target.get_mut(self.done..self.done + self.at)?;
-        // The rest is zero.
-        let mask = self.mask.get_mut(..self.at.min(2 * WINDOW))?;
-        xor_into(place, mask);
-        mask.fill(0);
-        self.done += self.at;
-        self.at = 0;
+impl Place<'_> {
+    /// XORs sequences, each with one literal at least.
+    fn put(&mut self, batch: &[Sequence]) -> Option<()> {
+        let lengths = batch.iter().map(|sequence| sequence.literals as usize).sum::<usize>();
+        let runs = batch.iter().map(|sequence| sequence.run as usize).sum::<usize>();
+        self.room = self.room.checked_sub(lengths + runs)?;
+        let (now, later) = (self.literals, self.literals.get(lengths..)?);
+        self.literals = later;
+        if lengths + runs > WINDOW {
+            self.put_far(batch, now)
+        } else {
+            self.put_near(batch, now, lengths + runs)
+        }
+    }
+
+    /// XORs what is left of the literals.
+    fn end(&mut self) -> Option<()> {
+        self.flush()?;
+        let rest = self.literals.len().checked_sub(SLACK).filter(|rest| *rest <= self.room)?;
+        xor_into(self.target.get_mut(*self.done..*self.done + rest)?, self.literals.get(..rest)?);
+        *self.done += rest;
         Some(())
     }
-}
 
-impl Place for Dense<'_> {
-    #[inline]
-    fn put(&mut self, literals: &[u8], length: usize, run: usize) -> Option<()> {
-        self.ahead.follow(self.target, self.done + self.at);
-        if length <= SLACK {
-            *self.mask.get_mut(self.at..)?.first_chunk_mut::<SLACK>()? = *literals.first_chunk()?;
-            self.at += length;
-            *self.mask.get_mut(self.at..)?.first_chunk_mut()? = [0; SLACK];
-        } else {
-            for piece in literals.get(..length)?.chunks(WINDOW / 2) {
-                self.mask.get_mut(self.at..self.at + piece.len())?.copy_from_slice(piece);
-                self.at += piece.len();
-                if self.at > WINDOW {
-                    self.flush()?;
+    /// XORs sequences that lie so far from each other that each is XORed where it belongs.
+    fn put_far(&mut self, batch: &[Sequence], mut literals: &[u8]) -> Option<()> {
+        self.flush()?;
+        for sequence in batch {
+            let (length, run) = (sequence.literals as usize, sequence.run as usize);
+            self.ahead.follow(self.target, *self.done);
+            let place = self.target.get_mut(*self.done..)?;
+            let last = match (place.first_chunk_mut::<8>(), literals.first_chunk::<8>()) {
+                (Some(place), Some(eight)) if length <= 8 => {
+                    let above = 64 - 8 * length;
+                    let mask = u64::from_le_bytes(*eight) << above;
+                    *place = (u64::from_le_bytes(*place) ^ mask >> above).to_le_bytes();
+                    mask.to_le_bytes()[7]
                 }
+                _ => {
+                    let literals = literals.get(..length)?;
+                    xor_into(place.get_mut(..length)?, literals);
+                    *literals.last()?
+                }
+            };
+            *self.done += length;
+            if last != 0 {
+                xor_all(self.target.get_mut(*self.done..*self.done + run)?, last);
             }
+            *self.done += run;
+            literals = literals.get(length..)?;
         }
-        let last = *literals.get(length - 1)?;
-        if last != 0 {
-            self.flush()?;
-            xor_all(self.target.get_mut(self.done..self.done + run)?, last);
-            self.done += run;
-            return Some(());
-        }
-        self.at += run;
-        if self.at > WINDOW { self.flush() } else { Some(()) }
+        Some(())
     }
 
-    fn end(&mut self) -> Option<()> {
-        self.flush()
+    /// XORs sequences of `total` bytes. Where there are many, the processor cannot guess how many literals stand between
+    /// two runs, and need not here: they are written side by side, and XORed many at once.
+    fn put_near(&mut self, batch: &[Sequence], mut literals: &[u8], total: usize) -> Option<()> {
+        if self.at + total > WINDOW {
+            self.flush()?;
+        }
+        self.ahead.follow(self.target, *self.done + self.at + total);
+        let mut at = self.at;
+        for sequence in batch {
+            let (length, run) = (sequence.literals as usize, sequence.run as usize);
+            if length <= SLACK {
+                *self.mask[at % WINDOW..].first_chunk_mut::<SLACK>()? = *literals.first_chunk()?;
+                *self.mask[(at + length) % WINDOW..].first_chunk_mut::<SLACK>()? = [0; SLACK];
+            } else {
+                self.mask.get_mut(at..at + length)?.copy_from_slice(literals.get(..length)?);
+            }
+            at += length;
+            let last = *literals.get(length - 1)?;
+            literals = literals.get(length..)?;
+            if last != 0 {
+                self.mask.get_mut(at..at + run)?.fill(last);
+            }
+            at += run;
+        }
+        self.at = at;
+        Some(())
+    }
+
+    fn flush(&mut self) -> Option<()> {
+        let place = self.target.get_mut(*self.done..*self.done + self.at)?;
+        // The rest is zero.
+        let mask = self.mask.get_mut(..self.at)?;
+        xor_into(place, mask);
+        mask.fill(0);
+        *self.done += self.at;
+        self.at = 0;
+        Some(())
     }
 }
 
 static LITERALS: [(u32, u32); 36] = lengths(0);
 static RUNS: [(u32, u32); 53] = lengths(MIN_MATCH);
 
-/// The states that `mode` tells, and what is behind its header.
+/// Makes `states` those that `mode` tells. Returns what is behind their header.
 fn table<'b>(
     mode: u8,
     rest: &'b [u8],
     default: &[i16],
     meanings: &[(u32, u32)],
-    states: &mut Option<Box<States>>,
+    states: &mut Option<Arc<States>>,
 ) -> Option<&'b [u8]> {
-    match mode {
+    if mode == 3 {
+        return states.is_some().then_some(rest);
+    }
+    let mut fresh = States::default();
+    let behind = match mode {
         0 => {
-            *states = Some(Box::new(States::of(&Distribution::fixed(default), meanings)));
-            Some(rest)
+            fresh.set(&Distribution::fixed(default), meanings);
+            rest
         }
         1 => {
-            let (&symbol, rest) = rest.split_first()?;
-            *states = Some(Box::new(States::one(symbol, meanings)?));
-            Some(rest)
+            let (&symbol, behind) = rest.split_first()?;
+            fresh.set_one(symbol, meanings)?;
+            behind
         }
-        2 => {
+        _ => {
             let (distribution, length) = Distribution::read(rest, default.len(), 9)?;
-            *states = Some(Box::new(States::of(&distribution, meanings)));
-            rest.get(length..)
+            fresh.set(&distribution, meanings);
+            rest.get(length..)?
         }
-        _ => states.is_some().then_some(rest),
-    }
+    };
+    *states = Some(Arc::new(fresh));
+    Some(behind)
 }

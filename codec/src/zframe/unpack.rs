@@ -10,72 +10,104 @@ const MAX_BITS: u32 = 11;
 /// What each state of a finite state decoder means.
 #[derive(Clone)]
 pub(super) struct States {
-    states: [Step; 1 << 9],
+    steps: [Step; 1 << 9],
+    values: [Value; 1 << 9],
     log: u32,
 }
 
-/// One state: a value, whose lowest bits follow, and the way to the next state.
+/// The way from a state to the next one. Of eight bytes, which the processor finds without a multiplication.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Step {
-    /// The lowest value.
-    pub(super) value: u32,
-    /// How many bits are added to it.
+    /// How many bits are of the value.
     pub(super) extra: u8,
-    /// How many bits lead to the next state.
-    bits: u8,
+    /// How many bits are of the value or lead to the next state.
+    pub(super) all: u8,
+    /// Those that lead to the next state.
+    mask: u32,
     /// The lowest next state.
     next: u16,
 }
 
+/// What a state stands for.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Value {
+    /// The lowest value.
+    lowest: u32,
+    /// The bits that are added to it.
+    mask: u32,
+}
+
+impl Default for States {
+    fn default() -> Self {
+        Self { steps: [Step::default(); 1 << 9], values: [Value::default(); 1 << 9], log: 0 }
+    }
+}
+
 impl States {
-    /// The states of symbols of which each stands for a value and some more bits, and that all have a meaning.
-    pub(super) fn of(distribution: &Distribution, meanings: &[(u32, u32)]) -> Self {
-        let (spread, log) = (distribution.spread(), distribution.log());
-        let size = 1u32 << log;
+    /// Makes them those of symbols of which each stands for a value and some more bits, and that all have a meaning.
+    pub(super) fn set(&mut self, distribution: &Distribution, meanings: &[(u32, u32)]) {
+        let spread = distribution.spread();
         let mut next = distribution.sizes();
-        let mut states = [Step::default(); 1 << 9];
-        for (state, &symbol) in states.iter_mut().zip(&spread).take(size as usize) {
+        self.log = distribution.log();
+        let size = 1u32 << self.log;
+        let states = self.steps.iter_mut().zip(&mut self.values).zip(&spread);
+        for ((step, value), &symbol) in states.take(size as usize) {
             let Some(next) = next.get_mut(usize::from(symbol)) else { continue };
-            let bits = log - next.ilog2();
-            let base = (*next << bits) - size;
-            *state = Step::of(meanings.get(usize::from(symbol)).copied().unwrap_or_default());
-            state.bits = bits.to_le_bytes()[0];
-            state.next = u16::try_from(base).unwrap_or_default();
+            let bits = self.log - next.ilog2();
+            let meaning = meanings.get(usize::from(symbol)).copied().unwrap_or_default();
+            (*step, *value) = state(meaning, bits, (*next << bits) - size);
             *next += 1;
         }
-        Self { states, log }
     }
 
-    /// One symbol for ever.
-    pub(super) fn one(symbol: u8, meanings: &[(u32, u32)]) -> Option<Self> {
-        let mut states = [Step::default(); 1 << 9];
-        states[0] = Step::of(*meanings.get(usize::from(symbol))?);
-        Some(Self { states, log: 0 })
+    /// Makes them those of one symbol, for ever.
+    pub(super) fn set_one(&mut self, symbol: u8, meanings: &[(u32, u32)]) -> Option<()> {
+        self.log = 0;
+        (self.steps[0], self.values[0]) = state(*meanings.get(usize::from(symbol))?, 0, 0);
+        Some(())
     }
 
-    pub(super) fn begin(&self, bits: &mut BackwardBits<'_>) -> usize {
+    pub(super) fn log(&self) -> u32 {
+        self.log
+    }
+
+    fn begin(&self, bits: &mut BackwardBits<'_>) -> usize {
         bits.take(self.log) as usize
     }
 
     #[inline]
-    pub(super) fn step(&self, state: usize) -> Step {
-        self.states[state % (1 << 9)]
+    pub(super) fn step(&self, state: usize) -> Option<&Step> {
+        self.steps.get(state)
+    }
+
+    #[inline]
+    pub(super) fn value(&self, state: usize) -> Option<&Value> {
+        self.values.get(state)
     }
 }
 
+/// A state of a value and `extra` more bits, from which `bits` lead to `next` or above.
+fn state((lowest, extra): (u32, u32), bits: u32, next: u32) -> (Step, Value) {
+    let [extra_bits, ..] = extra.to_le_bytes();
+    let [all, ..] = (extra + bits).to_le_bytes();
+    let [low, high, ..] = next.to_le_bytes();
+    let step = Step { extra: extra_bits, all, mask: (1 << bits) - 1, next: u16::from_le_bytes([low, high]) };
+    (step, Value { lowest, mask: (1 << extra) - 1 })
+}
+
 impl Step {
-    fn of((value, extra): (u32, u32)) -> Self {
-        Self { value, extra: extra.to_le_bytes()[0], ..Self::default() }
-    }
-
+    /// The next state by the lowest of `bits`.
     #[inline]
-    pub(super) fn value(self, bits: &mut BackwardBits<'_>) -> usize {
-        (self.value + bits.take(self.extra.into())) as usize
+    pub(super) fn of(self, bits: u64) -> usize {
+        self.next as usize + (bits as u32 & self.mask) as usize
     }
+}
 
+impl Value {
+    /// The value by the lowest of `bits`.
     #[inline]
-    pub(super) fn next(self, bits: &mut BackwardBits<'_>) -> usize {
-        usize::from(self.next) + bits.take(self.bits.into()) as usize
+    pub(super) fn of(self, bits: u64) -> u32 {
+        self.lowest + (bits as u32 & self.mask)
     }
 }
 
@@ -248,16 +280,18 @@ impl Stream {
 fn unpack_weights(bytes: &[u8], weights: &mut [u8; 256]) -> Option<usize> {
     let (distribution, head) = Distribution::read(bytes, 12, 6)?;
     let plain = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11].map(|weight| (weight, 0));
-    let states = States::of(&distribution, &plain);
+    let mut states = States::default();
+    states.set(&distribution, &plain);
     let mut bits = BackwardBits::new(bytes.get(head..)?)?;
     let mut now = states.begin(&mut bits);
     let mut later = states.begin(&mut bits);
-    let weight = |state: usize| states.step(state).value.to_le_bytes()[0];
+    let weight = |state: usize| states.value(state).map_or(0, |value| value.of(0).to_le_bytes()[0]);
     // One place stays free for the last weight.
     for count in 0..254 {
         *weights.get_mut(count)? = weight(now);
         bits.refill()?;
-        let next = states.step(now).next(&mut bits);
+        let step = states.step(now)?;
+        let next = step.of(bits.take(step.all.into()).into());
         if bits.refill().is_none() {
             *weights.get_mut(count + 1)? = weight(later);
             return Some(count + 2);
