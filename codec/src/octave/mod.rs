@@ -27,7 +27,7 @@ mod sparse;
 mod tiles;
 mod tokens;
 
-pub(crate) use simd::{MOST_LISTED, list_changes, prefetch};
+pub(crate) use simd::{MOST_LISTED, list_changes, prefetch, xor_and_clear};
 
 use std::num::NonZeroUsize;
 

@@ -3,11 +3,13 @@
 /// The shortest match.
 pub(super) const MIN_MATCH: u32 = 3;
 
-/// A code, and how many bits of the length follow it.
+/// A code, and the bits of the length that follow it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Length {
     pub(super) code: u8,
+    /// Their number.
     pub(super) extra: u8,
+    pub(super) low: u16,
 }
 
 /// The code of a literal length.
@@ -26,20 +28,25 @@ pub(super) fn match_code(length: u32) -> Length {
 
 const fn long(length: u32, from: u32) -> Length {
     let bits = length.ilog2();
-    Length { code: (from + bits).to_le_bytes()[0], extra: bits.to_le_bytes()[0] }
+    let [low, high, ..] = (length ^ 1 << bits).to_le_bytes();
+    Length {
+        code: (from + bits).to_le_bytes()[0],
+        extra: bits.to_le_bytes()[0],
+        low: u16::from_le_bytes([low, high]),
+    }
 }
 
 /// The codes of the first lengths, `N` of them: 64 for literals, 128 for matches.
 const fn short<const N: usize>() -> [Length; N] {
-    let mut table = [Length { code: 0, extra: 0 }; N];
+    let mut table = [Length { code: 0, extra: 0, low: 0 }; N];
     let (mut at, mut code) = (0, 0u8);
     while at < N {
         let extra = if N == 64 { literal_extra(code) } else { match_extra(code) };
-        let mut left = 1 << extra;
-        while left > 0 {
-            table[at] = Length { code, extra };
+        let mut low = 0;
+        while low < 1 << extra {
+            table[at] = Length { code, extra, low };
             at += 1;
-            left -= 1;
+            low += 1;
         }
         code += 1;
     }
@@ -107,7 +114,7 @@ mod tests {
                 let found = code(length);
                 let (first, extra) = lengths[usize::from(found.code)];
                 assert_eq!(u32::from(found.extra), extra);
-                assert_eq!(first + (length & ((1 << extra) - 1)), length + lowest, "{length}");
+                assert_eq!(first + u32::from(found.low), length + lowest, "{length}");
             }
         };
         check(&lengths::<36>(0), 0, literal_code);

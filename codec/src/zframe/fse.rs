@@ -32,7 +32,7 @@ impl Distribution {
             return None;
         }
         // A finer table than the number of symbols warrants costs more to write than it saves.
-        let log = (total.ilog2().saturating_sub(2)).max(present.ilog2() + 1).clamp(5, max_log);
+        let log = (total.ilog2().saturating_sub(3)).max(present.ilog2() + 1).clamp(5, max_log);
         let size = 1i64 << log;
         let mut parts = [0i16; MAX_SYMBOLS];
         let mut left = size;

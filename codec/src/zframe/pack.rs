@@ -87,13 +87,7 @@ impl Parts {
             _ => return None,
         };
         let sequences: Vec<Coded> = self.sequences().iter().copied().map(Coded::of).collect();
-        // Two of each: one sequence after another in one table would wait for the increment of its like.
-        let (mut literal_counts, mut run_counts) = ([[0; 36]; 2], [[0; 53]; 2]);
-        for (index, sequence) in sequences.iter().enumerate() {
-            literal_counts[index % 2][usize::from(sequence.literals)] += 1;
-            run_counts[index % 2][usize::from(sequence.run)] += 1;
-        }
-        let (literal_counts, run_counts) = (sum(literal_counts), sum(run_counts));
+        let [literal_counts, run_counts] = count_codes(&sequences);
         let modes = at;
         at += 1;
         let (literal_mode, length) = choose(
@@ -145,19 +139,28 @@ impl Coded {
     fn of(sequence: Sequence) -> Self {
         let run = sequence.run - MIN_MATCH;
         let (literals, runs) = (literal_code(sequence.literals), match_code(run));
-        let lowest = |length: u32, bits: u8| length & ((1 << bits) - 1);
         Self {
             literals: literals.code,
             run: runs.code,
             bits: literals.extra + runs.extra,
-            extra: lowest(sequence.literals, literals.extra) | lowest(run, runs.extra) << literals.extra,
+            extra: u32::from(literals.low) | u32::from(runs.low) << literals.extra,
         }
     }
 }
 
-fn sum<const N: usize>([mut sum, other]: [[u32; N]; 2]) -> [u32; N] {
-    sum.iter_mut().zip(other).for_each(|(sum, count)| *sum += count);
-    sum
+/// How often each code of literal lengths and of runs occurs.
+fn count_codes(sequences: &[Coded]) -> [[u32; 64]; 2] {
+    // Two of each: one sequence after another in one table would wait for the increment of its like.
+    let mut counts = [[[0; 64]; 2]; 2];
+    for pair in sequences.chunks(2) {
+        for (sequence, [literals, runs]) in pair.iter().zip(&mut counts) {
+            literals[usize::from(sequence.literals) % 64] += 1;
+            runs[usize::from(sequence.run) % 64] += 1;
+        }
+    }
+    let [mut sums, others] = counts;
+    sums.as_flattened_mut().iter_mut().zip(others.as_flattened()).for_each(|(sum, count)| *sum += count);
+    sums
 }
 
 /// The head of literals that are stored (0) or are one byte many times (1).

@@ -196,9 +196,11 @@ struct Cut<'a> {
 impl Cut<'_> {
     /// Bytes that differ from those before them; the others since `covered` did not. Without branches: whether a run
     /// stands before a byte cannot be guessed.
+    // By itself, its loop has enough registers.
+    #[inline(never)]
     fn changes(&mut self, changes: &[u32]) {
         let (mut count, mut runs) = (self.parts.count, self.parts.runs);
-        let Parts { literals, sequences, .. } = &mut *self.parts;
+        let (literals, sequences) = (&mut *self.parts.literals, &mut *self.parts.sequences);
         let (mut covered, mut sequenced, mut last) = (self.covered, self.sequenced, self.last);
         for change in changes {
             let (at, byte) = (change >> 8, change.to_le_bytes()[0]);

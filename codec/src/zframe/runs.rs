@@ -11,7 +11,7 @@ use super::parts::Sequence;
 use super::sequences::Sequences;
 use super::unpack::{Literals, States};
 use super::write::BLOCK;
-use crate::octave::prefetch;
+use crate::octave::{prefetch, xor_and_clear};
 use crate::spare::Spare;
 use crate::xor::xor_into;
 
@@ -49,6 +49,10 @@ pub(super) fn xor(frame: &[u8], target: &mut [u8], written: &mut dyn FnMut(&[u8]
         buffers: &mut buffers,
     };
     let read = reader.frame(frame);
+    [reader.literal_states.take(), reader.run_states.take()]
+        .into_iter()
+        .flatten()
+        .for_each(|states| reader.buffers.keep(states));
     let (done, whole) = (reader.done, reader.done == reader.target.len());
     SPARE.put(buffers);
     if read.is_some() && whole { Ok(()) } else { Err(done) }
@@ -72,11 +76,26 @@ struct Buffers {
     mask: Box<[u8; WINDOW + SLACK]>,
     literals: Vec<Vec<u8>>,
     lists: Vec<Vec<Sequence>>,
+    states: Vec<Arc<States>>,
+}
+
+impl Buffers {
+    /// Keeps states that nobody uses any more for others to come.
+    fn keep(&mut self, mut states: Arc<States>) {
+        if Arc::get_mut(&mut states).is_some() {
+            self.states.push(states);
+        }
+    }
 }
 
 impl Default for Buffers {
     fn default() -> Self {
-        Self { mask: Box::new([0; WINDOW + SLACK]), literals: Vec::new(), lists: Vec::new() }
+        Self {
+            mask: Box::new([0; WINDOW + SLACK]),
+            literals: Vec::new(),
+            lists: Vec::new(),
+            states: Vec::new(),
+        }
     }
 }
 
@@ -232,6 +251,7 @@ impl Reader<'_> {
         (self.written)(self.target.get(start..self.done)?);
         self.buffers.literals.push(literals);
         self.buffers.lists.push(list);
+        rest.into_iter().flat_map(Sequences::into_states).for_each(|states| self.buffers.keep(states));
         Some(())
     }
 
@@ -299,7 +319,8 @@ impl Reader<'_> {
             255 => return None,
         };
         let (&modes, rest) = rest.split_first()?;
-        let rest = table(modes >> 6, rest, &LITERAL_DEFAULT, &LITERALS, &mut self.literal_states)?;
+        let (literals, rest) = self.table(modes >> 6, rest, &LITERAL_DEFAULT, &LITERALS)?;
+        self.literal_states = literals.or(self.literal_states.take());
         // The offset code 0 stands for the offset that was used last, which is one at the start of a frame.
         let rest = match modes >> 4 & 3 {
             1 => rest.strip_prefix(&[0])?,
@@ -307,12 +328,45 @@ impl Reader<'_> {
             _ => return None,
         };
         self.near = true;
-        let rest = table(modes >> 2 & 3, rest, &MATCH_DEFAULT, &RUNS, &mut self.run_states)?;
+        let (runs, rest) = self.table(modes >> 2 & 3, rest, &MATCH_DEFAULT, &RUNS)?;
+        self.run_states = runs.or(self.run_states.take());
         if modes & 3 != 0 {
             return None;
         }
         let (literals, runs) = (self.literal_states.clone()?, self.run_states.clone()?);
         Sequences::new(number, frame, rest.len(), literals, runs).map(Some)
+    }
+
+    /// The states that `mode` tells, `None` for those of the block before, and what is behind their header.
+    fn table<'b>(
+        &mut self,
+        mode: u8,
+        rest: &'b [u8],
+        default: &[i16],
+        meanings: &[(u32, u32)],
+    ) -> Option<(Option<Arc<States>>, &'b [u8])> {
+        if mode == 3 {
+            return Some((None, rest));
+        }
+        let mut states = self.buffers.states.pop().unwrap_or_default();
+        let fresh = Arc::get_mut(&mut states)?;
+        let behind = match mode {
+            0 => {
+                fresh.set(&Distribution::fixed(default), meanings);
+                rest
+            }
+            1 => {
+                let (&symbol, behind) = rest.split_first()?;
+                fresh.set_one(symbol, meanings)?;
+                behind
+            }
+            _ => {
+                let (distribution, length) = Distribution::read(rest, default.len(), 9)?;
+                fresh.set(&distribution, meanings);
+                rest.get(length..)?
+            }
+        };
+        Some((Some(states), behind))
     }
 }
 
@@ -443,10 +497,7 @@ impl Place<'_> {
 
     fn flush(&mut self) -> Option<()> {
         let place = self.target.get_mut(*self.done..*self.done + self.at)?;
-        // The rest is zero.
-        let mask = self.mask.get_mut(..self.at)?;
-        xor_into(place, mask);
-        mask.fill(0);
+        xor_and_clear(place, self.mask.get_mut(..self.at)?);
         *self.done += self.at;
         self.at = 0;
         Some(())
@@ -455,35 +506,3 @@ impl Place<'_> {
 
 static LITERALS: [(u32, u32); 36] = lengths(0);
 static RUNS: [(u32, u32); 53] = lengths(MIN_MATCH);
-
-/// Makes `states` those that `mode` tells. Returns what is behind their header.
-fn table<'b>(
-    mode: u8,
-    rest: &'b [u8],
-    default: &[i16],
-    meanings: &[(u32, u32)],
-    states: &mut Option<Arc<States>>,
-) -> Option<&'b [u8]> {
-    if mode == 3 {
-        return states.is_some().then_some(rest);
-    }
-    let mut fresh = States::default();
-    let behind = match mode {
-        0 => {
-            fresh.set(&Distribution::fixed(default), meanings);
-            rest
-        }
-        1 => {
-            let (&symbol, behind) = rest.split_first()?;
-            fresh.set_one(symbol, meanings)?;
-            behind
-        }
-        _ => {
-            let (distribution, length) = Distribution::read(rest, default.len(), 9)?;
-            fresh.set(&distribution, meanings);
-            rest.get(length..)?
-        }
-    };
-    *states = Some(Arc::new(fresh));
-    Some(behind)
-}

@@ -49,6 +49,11 @@ impl<'a> Sequences<'a> {
         Some(Self { literals, runs, frame, start, next: Next { left, literals: literal, run }, number })
     }
 
+    /// What they were decoded with.
+    pub(super) fn into_states(self) -> [Arc<States>; 2] {
+        [self.literals, self.runs]
+    }
+
     /// How many are left.
     pub(super) fn len(&self) -> usize {
         self.number

@@ -17,6 +17,7 @@ use super::classes::{Classes, MAX};
 use super::elem::Elem;
 use super::rans::{EncodeTable, LANES};
 use crate::tally::Tally;
+use crate::xor::xor_into;
 use crate::xxh3::{BLOCK, Lanes, STRIPE};
 
 /// The elements that are ranked at once.
@@ -171,6 +172,34 @@ pub(crate) fn list_changes(
 
 /// What [`list_changes`] does not list among 64 bytes.
 pub(crate) const MOST_LISTED: u32 = 32;
+
+/// As [`xor_into`] for strings of one length, of which `mask` becomes zero.
+pub(crate) fn xor_and_clear(target: &mut [u8], mask: &mut [u8]) {
+    Instructions::default().run(XorAndClear { target, mask });
+}
+
+struct XorAndClear<'a> {
+    target: &'a mut [u8],
+    mask: &'a mut [u8],
+}
+
+impl Kernel for XorAndClear<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        let (targets, target) = self.target.as_chunks_mut::<64>();
+        let (masks, mask) = self.mask.as_chunks_mut::<64>();
+        for (target, mask) in targets.iter_mut().zip(masks) {
+            for index in 0..64 {
+                target[index] ^= mask[index];
+            }
+            *mask = [0; 64];
+        }
+        xor_into(target, mask);
+        mask.fill(0);
+    }
+}
 
 /// A loop that is compiled for each instruction set. `run` must be `#[inline(always)]`.
 pub(super) trait Kernel {
