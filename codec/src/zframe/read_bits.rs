@@ -73,7 +73,8 @@ impl<'a> BackwardBits<'a> {
     }
 }
 
-fn low(bits: u64) -> u32 {
+/// The lowest 32.
+pub(super) fn low(bits: u64) -> u32 {
     let [a, b, c, d, ..] = bits.to_le_bytes();
     u32::from_le_bytes([a, b, c, d])
 }

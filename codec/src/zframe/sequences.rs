@@ -142,7 +142,7 @@ impl Bits {
     fn before(left: usize, bytes: &[u8]) -> Option<Self> {
         let at = (left / 8).wrapping_sub(7);
         let word = u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?);
-        Some(Self { word, turn: 8 - (left % 8) as u32 })
+        Some(Self { word, turn: 8 - u32::from((left % 8).to_le_bytes()[0]) })
     }
 
     /// Those up to the next `count`, the last of which is the lowest bit.

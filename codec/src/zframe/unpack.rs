@@ -2,7 +2,7 @@
 //! library then decides what it is.
 
 use super::fse::Distribution;
-use super::read_bits::BackwardBits;
+use super::read_bits::{BackwardBits, low};
 
 /// The longest code of a literal.
 const MAX_BITS: u32 = 11;
@@ -99,7 +99,7 @@ impl Step {
     /// The next state by the lowest of `bits`.
     #[inline]
     pub(super) fn of(self, bits: u64) -> usize {
-        self.next as usize + (bits as u32 & self.mask) as usize
+        usize::from(self.next) + (low(bits) & self.mask) as usize
     }
 }
 
@@ -107,7 +107,7 @@ impl Value {
     /// The value by the lowest of `bits`.
     #[inline]
     pub(super) fn of(self, bits: u64) -> u32 {
-        self.lowest + (bits as u32 & self.mask)
+        self.lowest + (low(bits) & self.mask)
     }
 }
 
