@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::super::{TILE, prefetch_second};
 use super::tables::BYTE_NUMBERS;
-use super::{Avx512, keys_of_halves};
+use super::{Avx512, fetch_ahead, keys_of_halves};
 use crate::xxh3::{BLOCK, Lanes, SCRAMBLE, SCRAMBLE_BY, SECRET, STRIPE};
 
 const STRIPES: usize = BLOCK / STRIPE;
@@ -111,6 +111,9 @@ pub(super) fn compare<const DIGEST: bool>(
         for ((old, new), keys) in old.iter().zip(new).zip(keys).take(blocks) {
             for at in 0..STRIPES / 2 {
                 let (old, new) = (old.as_ptr().add(at * 128), new.as_ptr().add(at * 128));
+                for line in [old, old.wrapping_add(64), new, new.wrapping_add(64)] {
+                    fetch_ahead(line);
+                }
                 let (old, old_high) =
                     (_mm512_loadu_si512(old.cast()), _mm512_loadu_si512(old.add(64).cast()));
                 let (new, new_high) =
