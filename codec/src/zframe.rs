@@ -102,6 +102,7 @@ impl<'a> Frame<'a> {
             ready -= skipped.len();
             let (place, behind) = std::mem::take(&mut rest).split_at_mut(piece.len());
             xor_into(place, piece);
+            written(place);
             rest = behind;
         })
     }
@@ -243,8 +244,13 @@ mod tests {
             let frame =
                 zstd::bulk::compress(&content, [1, 3, 19][index % 3].min(if index > 60 { 3 } else { 19 }))
                     .unwrap();
-            let mut target = content.clone();
-            Frame::open(&frame).unwrap().xor_into(&mut target, &mut |_| {}).unwrap();
+            let (mut target, mut seen) = (content.clone(), 0);
+            let mut written = |bytes: &[u8]| {
+                assert!(bytes.iter().all(|&byte| byte == 0));
+                seen += bytes.len();
+            };
+            Frame::open(&frame).unwrap().xor_into(&mut target, &mut written).unwrap();
+            assert_eq!(seen, content.len());
             assert!(target.iter().all(|&byte| byte == 0), "{} bytes", content.len());
         }
     }

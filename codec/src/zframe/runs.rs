@@ -33,7 +33,7 @@ static SPARE: Spare<Buffers> = Spare::new();
 
 /// XORs the content of `frame`, a whole frame that says that it holds as many bytes as `target`, into `target`. An
 /// error says how many bytes are ready, because the rest was not understood. At most 0.8 MiB are held.
-/// Each block is handed to `written` when it is done.
+/// What is ready is handed to `written` block by block.
 pub(super) fn xor(frame: &[u8], target: &mut [u8], written: &mut dyn FnMut(&[u8])) -> Result<(), usize> {
     let mut buffers = SPARE.take();
     // A frame that failed may have left something.
@@ -42,6 +42,7 @@ pub(super) fn xor(frame: &[u8], target: &mut [u8], written: &mut dyn FnMut(&[u8]
         target,
         written,
         done: 0,
+        handed: 0,
         huffman: None,
         literal_states: None,
         run_states: None,
@@ -49,6 +50,7 @@ pub(super) fn xor(frame: &[u8], target: &mut [u8], written: &mut dyn FnMut(&[u8]
         buffers: &mut buffers,
     };
     let read = reader.frame(frame);
+    reader.hand_over();
     [reader.literal_states.take(), reader.run_states.take()]
         .into_iter()
         .flatten()
@@ -63,6 +65,8 @@ struct Reader<'a> {
     written: &'a mut dyn FnMut(&[u8]),
     /// How many bytes of the target are ready.
     done: usize,
+    /// How many of them were handed over.
+    handed: usize,
     huffman: Option<Box<Literals>>,
     literal_states: Option<Arc<States>>,
     run_states: Option<Arc<States>>,
@@ -198,12 +202,19 @@ impl Reader<'_> {
         Some(next)
     }
 
+    fn hand_over(&mut self) {
+        if let Some(ready) = self.target.get(self.handed..self.done).filter(|ready| !ready.is_empty()) {
+            (self.written)(ready);
+        }
+        self.handed = self.done;
+    }
+
     /// XORs bytes.
     fn literal(&mut self, bytes: &[u8]) -> Option<()> {
         let place = self.target.get_mut(self.done..self.done + bytes.len())?;
         xor_into(place, bytes);
         self.done += bytes.len();
-        (self.written)(place);
+        self.hand_over();
         Some(())
     }
 
@@ -214,7 +225,7 @@ impl Reader<'_> {
             xor_all(place, byte);
         }
         self.done += length;
-        (self.written)(place);
+        self.hand_over();
         Some(())
     }
 
@@ -231,7 +242,6 @@ impl Reader<'_> {
     /// Carries out a packed block.
     fn carry_out(&mut self, block: Packed<'_>) -> Option<()> {
         let Packed { literals, count, list, mut rest } = block;
-        let start = self.done;
         let mut place = Place {
             target: self.target,
             ahead: Ahead(self.done),
@@ -248,7 +258,7 @@ impl Reader<'_> {
             place.put(batch.get(..count)?)?;
         }
         place.end()?;
-        (self.written)(self.target.get(start..self.done)?);
+        self.hand_over();
         self.buffers.literals.push(literals);
         self.buffers.lists.push(list);
         rest.into_iter().flat_map(Sequences::into_states).for_each(|states| self.buffers.keep(states));
