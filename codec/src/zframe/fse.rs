@@ -8,6 +8,7 @@ pub(super) const BIT: u64 = 256;
 /// More symbols than any alphabet here.
 const MAX_SYMBOLS: usize = 53;
 const MAX_LOG: u32 = 9;
+const MANY: u32 = 1024;
 
 /// How likely each symbol is, in parts of `1 << log`. −1 is less than one part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,8 +32,10 @@ impl Distribution {
         if present < 2 {
             return None;
         }
-        // A finer table than the number of symbols warrants costs more to write than it saves.
-        let log = (total.ilog2().saturating_sub(3)).max(present.ilog2() + 1).clamp(5, max_log);
+        // A finer table than the number of symbols warrants costs more to write than it saves. Of many symbols it saves
+        // so little (0.2 % of a delta) that the time to build it counts more.
+        let finest = total.ilog2().saturating_sub(if total < MANY { 2 } else { 3 });
+        let log = finest.max(present.ilog2() + 1).clamp(5, max_log);
         let size = 1i64 << log;
         let mut parts = [0i16; MAX_SYMBOLS];
         let mut left = size;
