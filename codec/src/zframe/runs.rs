@@ -32,7 +32,7 @@ const LINES: usize = 512;
 static SPARE: Spare<Buffers> = Spare::new();
 
 /// XORs the content of `frame`, a whole frame that says that it holds as many bytes as `target`, into `target`. An
-/// error says how many bytes are ready, because the rest was not understood. At most 0.8 MiB are held.
+/// error says how many bytes are ready, because the rest was not understood. At most 0.9 MiB are held.
 /// What is ready is handed to `written` block by block.
 pub(super) fn xor(frame: &[u8], target: &mut [u8], written: &mut dyn FnMut(&[u8])) -> Result<(), usize> {
     let mut buffers = SPARE.take();
@@ -202,6 +202,7 @@ impl Reader<'_> {
         Some(next)
     }
 
+    /// Hands over what became ready since the last time.
     fn hand_over(&mut self) {
         if let Some(ready) = self.target.get(self.handed..self.done).filter(|ready| !ready.is_empty()) {
             (self.written)(ready);
