@@ -43,12 +43,15 @@ pub(super) fn encode<E: Elem>(level: Instructions, new: &[E::Raw], buffers: &mut
     let mut counts = count(level, &buffers.tokens);
     let direct = tokens.direct.min(256) as usize;
     let far = counts[direct..].iter().any(|&count| count > 0);
+    buffers.far.clear();
     if far {
         counts[direct..].fill(0);
-        for_far(&mut buffers.tokens, direct as u8, |at, token| {
-            *token = tokens.of(high(&new[at]));
-            counts[usize::from(*token)] += 1;
-        });
+        level.run(ListFar { tokens: &buffers.tokens, direct: direct as u8, list: &mut buffers.far });
+        for &at in &buffers.far {
+            let token = tokens.of(high(&new[at]));
+            buffers.tokens[at] = token;
+            counts[usize::from(token)] += 1;
+        }
     }
     let one_class = buffers.zeros.take(new.len());
     let chances = [Chances::of(&counts)];
@@ -64,10 +67,10 @@ pub(super) fn encode<E: Elem>(level: Instructions, new: &[E::Raw], buffers: &mut
     level.run(Pack::<E> { new, shift, out });
     if far {
         let mut bits = BitWriter::new(out);
-        for_far(&mut buffers.tokens, direct as u8, |at, token| {
-            let extra = tokens.extra_bits(*token);
+        for &at in &buffers.far {
+            let extra = tokens.extra_bits(buffers.tokens[at]);
             bits.put_wide(tokens.extra(high(&new[at]), extra), extra);
-        });
+        }
         bits.finish();
     }
 }
@@ -111,16 +114,33 @@ impl Kernel for CountUnseen<'_> {
     }
 }
 
-/// Calls `visit` with the position of each token that is at least `direct`. There are few: stretches that have none are
-/// passed over, first long ones, then short ones.
-fn for_far(tokens: &mut [u8], direct: u8, mut visit: impl FnMut(usize, &mut u8)) {
-    const LONG: usize = 256;
-    const SHORT: usize = 32;
-    let reach = |tokens: &[u8]| tokens.iter().fold(0, |most, &token| token.max(most)) >= direct;
-    for (long, tokens) in tokens.chunks_mut(LONG).enumerate().filter(|(_, tokens)| reach(tokens)) {
-        for (short, tokens) in tokens.chunks_mut(SHORT).enumerate().filter(|(_, tokens)| reach(tokens)) {
-            for (at, token) in tokens.iter_mut().enumerate().filter(|(_, token)| **token >= direct) {
-                visit(long * LONG + short * SHORT + at, token);
+/// Lists where tokens are at least `direct`. There are few.
+struct ListFar<'a> {
+    tokens: &'a [u8],
+    direct: u8,
+    list: &'a mut Vec<usize>,
+}
+
+impl Kernel for ListFar<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let (chunks, rest) = self.tokens.as_chunks::<64>();
+        for (index, tokens) in chunks.iter().enumerate() {
+            let mut far = [0; 64];
+            for (far, &token) in far.iter_mut().zip(tokens) {
+                *far = u8::from(token >= self.direct);
+            }
+            let mut far = isa.nonzero(&far);
+            while far != 0 {
+                self.list.push(index * 64 + far.trailing_zeros() as usize);
+                far &= far - 1;
+            }
+        }
+        for (at, &token) in (chunks.len() * 64..).zip(rest) {
+            if token >= self.direct {
+                self.list.push(at);
             }
         }
     }
@@ -298,16 +318,19 @@ pub(super) fn decode<E: Elem>(
     level.run(Unpack::<E> { tokens: &buffers.tokens, origin, shift, packed, target });
     let mut extra = BitReader::new(far);
     if chances[0].reaches(tokens.direct as usize) {
-        for_far(&mut buffers.tokens, tokens.direct as u8, |at, token| {
-            let bits = tokens.extra_bits(*token).min(64);
+        buffers.far.clear();
+        let list = &mut buffers.far;
+        level.run(ListFar { tokens: &buffers.tokens, direct: tokens.direct as u8, list });
+        for &at in &buffers.far {
+            let token = buffers.tokens[at];
+            let bits = tokens.extra_bits(token).min(64);
             let value = tokens.value(bits, extra.take_wide(bits));
             // What the token was taken for is replaced by what it stands for.
-            let wrong = E::narrow(u64::from(*token) << shift);
+            let wrong = E::narrow(u64::from(token) << shift);
             let right = E::narrow(value.checked_shl(shift).unwrap_or(0));
-            if let Some(raw) = target.get_mut(at) {
-                *raw = E::load(*raw).sign_last().minus(wrong).plus(right).sign_first().store();
-            }
-        });
+            let raw = &mut target[at];
+            *raw = E::load(*raw).sign_last().minus(wrong).plus(right).sign_first().store();
+        }
     }
     extra.finish()
 }

@@ -32,6 +32,8 @@ pub(super) struct Buffers {
     pub(super) encode: EncodeTable,
     pub(super) decode: DecodeTable,
     pub(super) words: Words,
+    /// Where a base's tokens stand for more than one value.
+    pub(super) far: Vec<usize>,
 }
 
 /// Zeros: the classes of elements that are all of one class.
