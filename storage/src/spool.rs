@@ -75,7 +75,7 @@ mod tests {
 
     #[test]
     fn frames_come_back_in_order_from_memory_and_from_disk() {
-        for length in [0, 1000, MOST_HELD / 3] {
+        for length in [0, 1000, MOST_HELD / 3, MOST_HELD] {
             let frames: Vec<Vec<u8>> = (1..6).map(|value| vec![value; length]).collect();
             let mut spool = Spool::default();
             frames.iter().for_each(|frame| spool.push(frame.clone()).unwrap());

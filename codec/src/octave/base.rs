@@ -43,7 +43,6 @@ pub(super) fn encode<E: Elem>(level: Instructions, new: &[E::Raw], buffers: &mut
     let mut counts = count(level, &buffers.tokens);
     let direct = tokens.direct.min(256) as usize;
     let far = counts[direct..].iter().any(|&count| count > 0);
-    buffers.far.clear();
     if far {
         counts[direct..].fill(0);
         level.run(ListFar { tokens: &buffers.tokens, direct: direct as u8, list: &mut buffers.far });
@@ -114,7 +113,7 @@ impl Kernel for CountUnseen<'_> {
     }
 }
 
-/// Lists where tokens are at least `direct`. There are few.
+/// Makes `list` the places of tokens that are at least `direct`. There are few.
 struct ListFar<'a> {
     tokens: &'a [u8],
     direct: u8,
@@ -126,6 +125,7 @@ impl Kernel for ListFar<'_> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
+        self.list.clear();
         let (chunks, rest) = self.tokens.as_chunks::<64>();
         for (index, tokens) in chunks.iter().enumerate() {
             let mut far = [0; 64];
@@ -318,7 +318,6 @@ pub(super) fn decode<E: Elem>(
     level.run(Unpack::<E> { tokens: &buffers.tokens, origin, shift, packed, target });
     let mut extra = BitReader::new(far);
     if chances[0].reaches(tokens.direct as usize) {
-        buffers.far.clear();
         let list = &mut buffers.far;
         level.run(ListFar { tokens: &buffers.tokens, direct: tokens.direct as u8, list });
         for &at in &buffers.far {

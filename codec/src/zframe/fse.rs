@@ -8,6 +8,7 @@ pub(super) const BIT: u64 = 256;
 /// More symbols than any alphabet here.
 const MAX_SYMBOLS: usize = 53;
 const MAX_LOG: u32 = 9;
+/// From so many symbols on their table is half as fine.
 const MANY: u32 = 1024;
 
 /// How likely each symbol is, in parts of `1 << log`. −1 is less than one part.

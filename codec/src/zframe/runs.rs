@@ -17,7 +17,7 @@ use crate::xor::xor_into;
 
 /// Literals are read so many at a time.
 const SLACK: usize = 16;
-/// Sequences are decoded so many at a time.
+/// Sequences are decoded and XORed so many at a time.
 const BATCH: usize = 128;
 /// Blocks of so many sequences are decoded two at a time. Fewer take less time than the target does to come.
 const MANY: usize = 1024;
@@ -89,6 +89,41 @@ impl Buffers {
         if Arc::get_mut(&mut states).is_some() {
             self.states.push(states);
         }
+    }
+
+    /// Makes `states` those that `mode` tells. Returns what is behind their header.
+    fn table<'b>(
+        &mut self,
+        mode: u8,
+        rest: &'b [u8],
+        default: &[i16],
+        meanings: &[(u32, u32)],
+        states: &mut Option<Arc<States>>,
+    ) -> Option<&'b [u8]> {
+        if mode == 3 {
+            return states.is_some().then_some(rest);
+        }
+        let mut fresh = self.states.pop().unwrap_or_default();
+        let behind = match mode {
+            0 => {
+                Arc::get_mut(&mut fresh)?.set(&Distribution::fixed(default), meanings);
+                rest
+            }
+            1 => {
+                let (&symbol, behind) = rest.split_first()?;
+                Arc::get_mut(&mut fresh)?.set_one(symbol, meanings)?;
+                behind
+            }
+            _ => {
+                let (distribution, length) = Distribution::read(rest, default.len(), 9)?;
+                Arc::get_mut(&mut fresh)?.set(&distribution, meanings);
+                rest.get(length..)?
+            }
+        };
+        if let Some(old) = states.replace(fresh) {
+            self.keep(old);
+        }
+        Some(behind)
     }
 }
 
@@ -330,8 +365,8 @@ impl Reader<'_> {
             255 => return None,
         };
         let (&modes, rest) = rest.split_first()?;
-        let (literals, rest) = self.table(modes >> 6, rest, &LITERAL_DEFAULT, &LITERALS)?;
-        self.literal_states = literals.or(self.literal_states.take());
+        let rest =
+            self.buffers.table(modes >> 6, rest, &LITERAL_DEFAULT, &LITERALS, &mut self.literal_states)?;
         // The offset code 0 stands for the offset that was used last, which is one at the start of a frame.
         let rest = match modes >> 4 & 3 {
             1 => rest.strip_prefix(&[0])?,
@@ -339,45 +374,12 @@ impl Reader<'_> {
             _ => return None,
         };
         self.near = true;
-        let (runs, rest) = self.table(modes >> 2 & 3, rest, &MATCH_DEFAULT, &RUNS)?;
-        self.run_states = runs.or(self.run_states.take());
+        let rest = self.buffers.table(modes >> 2 & 3, rest, &MATCH_DEFAULT, &RUNS, &mut self.run_states)?;
         if modes & 3 != 0 {
             return None;
         }
         let (literals, runs) = (self.literal_states.clone()?, self.run_states.clone()?);
         Sequences::new(number, frame, rest.len(), literals, runs).map(Some)
-    }
-
-    /// The states that `mode` tells, `None` for those of the block before, and what is behind their header.
-    fn table<'b>(
-        &mut self,
-        mode: u8,
-        rest: &'b [u8],
-        default: &[i16],
-        meanings: &[(u32, u32)],
-    ) -> Option<(Option<Arc<States>>, &'b [u8])> {
-        if mode == 3 {
-            return Some((None, rest));
-        }
-        let mut states = self.buffers.states.pop().unwrap_or_default();
-        let fresh = Arc::get_mut(&mut states)?;
-        let behind = match mode {
-            0 => {
-                fresh.set(&Distribution::fixed(default), meanings);
-                rest
-            }
-            1 => {
-                let (&symbol, behind) = rest.split_first()?;
-                fresh.set_one(symbol, meanings)?;
-                behind
-            }
-            _ => {
-                let (distribution, length) = Distribution::read(rest, default.len(), 9)?;
-                fresh.set(&distribution, meanings);
-                rest.get(length..)?
-            }
-        };
-        Some((Some(states), behind))
     }
 }
 

@@ -67,8 +67,8 @@ impl<'a> Sequences<'a> {
         let count = self.number.min(list.len());
         self.number -= count;
         // No state follows the last one.
-        let (before, last) =
-            list.split_at_mut(if self.number == 0 { count.saturating_sub(1) } else { count });
+        let going_on = if self.number == 0 { count.saturating_sub(1) } else { count };
+        let (before, last) = list.get_mut(..count)?.split_at_mut(going_on);
         let Self { frame, literals, runs, .. } = self;
         let (mut next, mut fewest) = (self.next, u32::MAX);
         for sequence in before {
@@ -76,11 +76,11 @@ impl<'a> Sequences<'a> {
             fewest = fewest.min(sequence.literals);
         }
         self.next = next;
-        if let Some(sequence) = last.first_mut().filter(|_| count > 0 && self.number == 0) {
+        if let [sequence] = last {
             let values;
-            (*sequence, values) = Next { ..next }.follow(frame, literals, runs)?;
+            (*sequence, values) = next.follow(frame, literals, runs)?;
             fewest = fewest.min(sequence.literals);
-            if next.left.checked_sub(values) != Some(self.start) {
+            if self.next.left.checked_sub(values) != Some(self.start) {
                 return None;
             }
         }

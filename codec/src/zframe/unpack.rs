@@ -8,7 +8,6 @@ use super::read_bits::{BackwardBits, low};
 const MAX_BITS: u32 = 11;
 
 /// What each state of a finite state decoder means.
-#[derive(Clone)]
 pub(super) struct States {
     steps: [Step; 1 << 9],
     values: [Value; 1 << 9],

@@ -73,7 +73,7 @@ pub(super) fn prefetch<const HINT: i32>(bytes: &[u8]) {
 }
 
 /// How many bytes before their comparison old and new ones are fetched. The processor's own guess reaches too short while
-/// so much is done with each: on Zen 5 this makes encoding at 1 % a third faster, on Zen 4 it changed nothing.
+/// so much is done with each: on Zen 5 this makes encoding at 1 % a third faster; on Zen 4 such fetches gained nothing.
 const AHEAD: usize = 4 << 10;
 
 /// Has the line [`AHEAD`] bytes behind a place come into the nearest cache, if there is one.
